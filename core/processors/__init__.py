@@ -1,0 +1,11 @@
+"""Built-in model adapters; a plugin like any other."""
+
+from core.adapter import ModelAdapter
+from core.hookspecs import hookimpl
+
+
+@hookimpl
+def register_model_adapters() -> list[ModelAdapter]:
+    from core.processors.cogvideox import CogVideoXAdapter
+
+    return [CogVideoXAdapter()]

@@ -1,0 +1,70 @@
+"""BlockSparseStrategy: the common case of a method that is a block mask and perhaps a token order."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from core.block_mask import BlockSparseMask
+from core.context import AttentionContext
+from core.parameters import StrategyParameters
+from core.strategy import AttentionResult, AttentionStrategy
+from kernels_common.block_sparse_attention import block_sparse_attention, resolve_backend
+
+
+class BlockSparseParameters(StrategyParameters):
+    """Parameters of every block-sparse strategy.
+
+    Args:
+        block_size (int): tokens of a query block and of a key block. Default: 128
+        backend (str): form of the block-sparse operator. Default: ``"auto"``, the fastest for the call
+    """
+
+    block_size: Literal[64, 128] = Field(128, description="tokens of a query block and of a key block")
+    backend: Literal["auto", "reference", "torch", "triton"] = Field(
+        "auto", description="form of the block-sparse operator"
+    )
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """What a block-sparse method decides for one call.
+
+    Args:
+        mask (BlockSparseMask): kept blocks, in the reordered sequence if there is an ``order``.
+        density (float | Tensor): executed density of ``mask``; a float where it is known beforehand.
+        order (Tensor, Optional): ``[S]`` int64; place ``i`` of the reordered sequence holds token
+            ``order[i]``. None keeps the model's order.
+    """
+
+    mask: BlockSparseMask
+    density: float | torch.Tensor
+    order: torch.Tensor | None = None
+
+
+class BlockSparseStrategy(AttentionStrategy):
+    """Reorder, attend over a block mask, restore the order; a method writes `pattern`."""
+
+    Parameters: ClassVar[type[BlockSparseParameters]] = BlockSparseParameters
+
+    @abstractmethod
+    def pattern(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> SparsePattern:
+        """The blocks and the token order of one call; tensors come in the model's order."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+    ) -> AttentionResult:
+        pattern = self.pattern(query, key, context)
+        backend = resolve_backend(query, pattern.mask, self.parameters.backend)
+        if pattern.order is not None:
+            query, key, value = (part[:, :, pattern.order] for part in (query, key, value))
+        output = block_sparse_attention(query, key, value, pattern.mask, backend=backend)
+        if pattern.order is not None:
+            output = output[:, :, torch.argsort(pattern.order)]
+        return AttentionResult(output, pattern.density, backend)

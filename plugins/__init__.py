@@ -1,0 +1,1 @@
+"""The methods: one subpackage each, registered through entry points."""

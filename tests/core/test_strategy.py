@@ -1,0 +1,134 @@
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from pydantic import Field
+
+from core import (
+    AttentionContext,
+    AttentionResult,
+    AttentionStrategy,
+    Capabilities,
+    LayoutError,
+    NonFiniteOutputError,
+    ParameterError,
+    StrategyParameters,
+    TokenLayout,
+    UnsupportedCallError,
+    call_generator,
+)
+from core.dense import attention
+from core.strategy import PLANS_KEPT
+from core.testing import dense_fp64, random_qkv
+
+LAYOUT = TokenLayout(2, 2, 3, 4)
+
+
+class HalfParameters(StrategyParameters):
+    share: float = Field(0.5, gt=0, le=1)
+    mode: Literal["a", "b"] = "a"
+
+
+class Half(AttentionStrategy):
+    """Keeps a share."""
+
+    name: ClassVar[str] = "half"
+    Parameters = HalfParameters
+    plans: int = 0
+
+    def plan(self, layout, num_heads, head_dim, device, dtype):
+        self.plans += 1
+        return (layout, num_heads, head_dim, dtype)
+
+    def attend(self, query, key, value, context):
+        assert self.planned(query, context) == (context.layout, query.shape[1], query.shape[3], query.dtype)
+        output = attention(query, key, value) * float("nan" if context.layer_index == 1 else 1)
+        return AttentionResult(output, self.parameters.share, "half")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"shar": 1}, "unknown parameter 'shar', did you mean 'share'?"),
+        ({"share": 0}, "share: Input should be greater than 0, got 0"),
+        ({"share": "much"}, "share: .*valid number.*got 'much'"),
+        ({"mode": "c"}, "mode: Input should be 'a' or 'b', got 'c'"),
+        ({"dense_layers": 1.5}, "dense_layers"),
+    ],
+)
+def test_wrong_parameters(wrong, message):
+    with pytest.raises(ParameterError, match=message):
+        Half(**wrong)
+
+
+def test_text_parameters_are_converted():
+    assert Half(share="0.25", dense_layers="2").parameters == HalfParameters(share=0.25, dense_layers=2)
+
+
+def test_plans_are_cached_per_shape_and_bounded():
+    strategy = Half()
+    for _ in range(2):
+        for heads in (1, 2):
+            query, key, value = random_qkv(LAYOUT, heads=heads)
+            strategy(query, key, value, AttentionContext(LAYOUT))
+    assert strategy.plans == 2
+    for width in range(1, 2 * PLANS_KEPT):
+        layout = TokenLayout(0, 1, 1, width)
+        strategy(*random_qkv(layout), AttentionContext(layout))
+    assert len(strategy._plans) == PLANS_KEPT
+
+
+def test_guard_raises_falls_back_or_looks_away():
+    query, key, value = random_qkv(LAYOUT)
+    broken = AttentionContext(LAYOUT, layer_index=1, num_layers=2, step_index=4)
+    with pytest.raises(NonFiniteOutputError, match="'half'.*layer 1 of 2, step 4"):
+        Half()(query, key, value, broken)
+    strategy = Half(nan_guard="dense")
+    output = strategy(query, key, value, broken)
+    assert (output - dense_fp64(query, key, value)).abs().max() < 5e-6
+    assert strategy.report().dense_calls == {"non-finite output": 1}
+    assert strategy.report().density == 1.0
+    assert not torch.isfinite(Half(nan_guard="off")(query, key, value, broken)).any()
+
+
+def test_capabilities_are_enforced():
+    class Narrow(Half):
+        capabilities = Capabilities(dtypes=(torch.float32,), head_dims=(64,), devices=("cpu",))
+
+    query, key, value = random_qkv(LAYOUT, heads=4)
+    context = AttentionContext(LAYOUT)
+    for arguments, message in [
+        ((query, key[:, :2], value[:, :2]), "GQA"),
+        ((query, key[:, :, :5], value[:, :, :5]), "different query and key lengths"),
+        ((query.bfloat16(), key.bfloat16(), value.bfloat16()), "bfloat16"),
+        ((query[..., :32], key[..., :32], value[..., :32]), "head_dim 32"),
+        ((query.requires_grad_(), key, value), "no backward pass"),
+    ]:
+        with pytest.raises(UnsupportedCallError, match=message):
+            Narrow()(*arguments, context)
+    with pytest.raises(LayoutError, match="2 text \\+ 2x3x4 video = 26 tokens, but query has 25"):
+        Half()(query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], context)
+
+
+def test_report_is_averaged_over_layers_and_steps():
+    strategy = Half(dense_layers=1, nan_guard="off")
+    query, key, value = random_qkv(LAYOUT)
+    for layer in (0, 2):
+        for step in range(2):
+            strategy(query, key, value, AttentionContext(LAYOUT, layer, 3, step, 2))
+    report = strategy.report()
+    assert report.density == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+    assert report.density_by_layer[0] == [1.0, 1.0] and report.density_by_layer[2] == [0.5, 0.5]
+    assert all(value != value for value in report.density_by_layer[1]), "a layer never called is NaN"
+    assert report.backends == {"dense-sdpa": 2, "half": 2}
+    assert "density 0.750" in str(report) and "2 calls, dense warm-up" in str(report)
+    assert strategy.record.timed is False and report.attention_time_s is None
+
+
+def test_call_generator_depends_on_seed_layer_and_step_only():
+    def draw(seed, layer, step):
+        context = AttentionContext(LAYOUT, layer_index=layer, step_index=step)
+        return torch.rand(4, generator=call_generator(seed, context, "cpu")).tolist()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({tuple(draw(*place)) for place in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3), (0, 12, 0)]}) == 5
