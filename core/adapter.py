@@ -58,5 +58,3 @@ class ModelAdapter(ABC):
     @abstractmethod
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         """Layout and timestep from the arguments of the denoiser's ``forward``."""
-
-

@@ -99,10 +99,12 @@ class AppliedStrategy:
     def _refuse_second_strategy(self) -> None:
         if not self._layers:
             raise InstallError(f"{type(self._denoiser).__name__} has no attention layer to replace")
-        if any(isinstance(getattr(layer.processor, "attend", None), LayerAttention) for layer in self._layers):
+        if any(
+            isinstance(getattr(layer.processor, "attend", None), LayerAttention) for layer in self._layers
+        ):
             raise InstallError(
-                "a strategy is installed in this model already; call remove() on its handle first, or leave "
-                "its with-block"
+                "a strategy is installed in this model already; call remove() on its handle first, "
+                "or leave its with-block"
             )
 
     def _install(self) -> None:
@@ -195,7 +197,7 @@ def apply_strategy(
     elif preset or parameters:
         raise InstallError("a configured strategy takes no preset or parameters; set them when it is built")
     if strategy.installed:
-        raise InstallError(f"this '{strategy.name}' object is installed in a model already; build a second one")
+        raise InstallError(f"this '{strategy.name}' object is installed in a model; build a second one")
     adapter = find_adapter(denoiser)
     strategy.record = ExecutionRecord(timed=time_attention)
     return AppliedStrategy(denoiser, adapter, strategy, pipeline)

@@ -53,8 +53,8 @@ class BlockSparseMask:
                 )
         if self.indices.shape[:3] != self.counts.shape or self.counts.shape[2] != self.query_blocks:
             raise LayoutError(
-                f"{self.query_length} queries in blocks of {self.block_size[0]} make {self.query_blocks} rows; "
-                f"got counts {tuple(self.counts.shape)} and indices {tuple(self.indices.shape)}"
+                f"{self.query_length} queries in blocks of {self.block_size[0]} make "
+                f"{self.query_blocks} rows; got counts {tuple(self.counts.shape)} and indices {tuple(self.indices.shape)}"
             )
 
     @property
@@ -162,17 +162,15 @@ class BlockSparseMask:
         Raises:
             LayoutError: the mask has partial blocks, which a ``BlockSparseMask`` cannot express.
         """
-        if block_mask.kv_num_blocks.any():
+        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+        if counts is None or indices is None or block_mask.kv_num_blocks.any():
             raise LayoutError(
                 "a BlockSparseMask keeps or drops whole blocks; this BlockMask has partial blocks with a "
                 "mask_mod. Round them to whole blocks first (BlockSparseMask.from_blocks)."
             )
         query_length, key_length = block_mask.seq_lengths
-        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
         rows, columns = block_mask.BLOCK_SIZE
-        mask = cls(
-            counts.to(torch.int32), indices.to(torch.int32), (rows, columns), query_length, key_length
-        )
+        mask = cls(counts.to(torch.int32), indices.to(torch.int32), (rows, columns), query_length, key_length)
         return cls.from_blocks(mask.to_blocks(), mask.block_size, query_length, key_length)
 
     def check(self) -> None:

@@ -20,21 +20,25 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def register_strategies() -> "list[type[AttentionStrategy]]":
     """Return the strategy classes of this plugin."""
+    raise NotImplementedError
 
 
 @hookspec
 def register_presets() -> "list[Preset]":
     """Return named parameter sets for registered strategies."""
+    raise NotImplementedError
 
 
 @hookspec
 def register_metrics() -> "list[Metric]":
     """Return video metrics that the benchmark adds to its rows."""
+    raise NotImplementedError
 
 
 @hookspec
 def register_model_adapters() -> "list[ModelAdapter]":
     """Return adapters that put strategies into further model families."""
+    raise NotImplementedError
 
 
 @hookspec

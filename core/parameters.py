@@ -23,7 +23,9 @@ class StrategyParameters(BaseModel):
             synchronisation per call); ``"off"`` does not look. Default: ``"raise"``
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True
+    )
 
     dense_layers: int = Field(0, ge=0, description="first layers that stay dense")
     dense_timesteps: int = Field(0, ge=0, description="first denoising steps that stay dense")

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -143,7 +144,7 @@ class Registry:
         others = [plugin for plugin in self.hooks.get_plugins() if plugin is not module]
 
         def offered(hook: str) -> list[Any]:
-            return sum(self.hooks.subset_hook_caller(hook, others)(), [])
+            return list(itertools.chain.from_iterable(self.hooks.subset_hook_caller(hook, others)()))
 
         strategies = offered("register_strategies")
         for item in strategies:

@@ -123,7 +123,6 @@ class AttentionStrategy(ABC):
 
     def reset(self) -> None:
         """Forget per-layer state; called at the start of each video. Plans are kept."""
-        return None
 
     def planned(self, query: torch.Tensor, context: AttentionContext) -> Any:
         """The cached result of `plan` for this call's shape."""

@@ -49,18 +49,12 @@ def test_guidance_off_and_on(make_pipeline, run_pipeline):
 
 
 def test_dense_is_bit_identical_with_fused_projections(pipeline, run_pipeline):
-    pipeline.fuse_qkv_projections(vae=False) if _fuses(pipeline) else pipeline.transformer.fuse_qkv_projections()
+    pipeline.transformer.fuse_qkv_projections()
     untouched = run_pipeline(pipeline)
     with apply_strategy(pipeline, "dense") as run:
         assert torch.equal(run_pipeline(pipeline), untouched)
         assert run.report().calls == 6
     assert torch.equal(run_pipeline(pipeline), untouched)
-
-
-def _fuses(pipeline) -> bool:
-    import inspect
-
-    return "vae" in inspect.signature(getattr(pipeline, "fuse_qkv_projections", lambda: None)).parameters
 
 
 def test_fusing_and_unfusing_under_an_installed_strategy(make_pipeline, run_pipeline):
@@ -109,7 +103,10 @@ def test_an_error_inside_the_block_still_restores(make_pipeline):
 def test_two_pipelines_do_not_disturb_each_other(make_pipeline, run_pipeline):
     first, second = make_pipeline(), make_pipeline(use_rotary_positional_embeddings=True)
     expected = [run_pipeline(first), run_pipeline(second)]
-    with apply_strategy(first, "dense") as run_first, apply_strategy(second, "dense", dense_layers=1) as run_second:
+    with (
+        apply_strategy(first, "dense") as run_first,
+        apply_strategy(second, "dense", dense_layers=1) as run_second,
+    ):
         for _ in range(2):
             assert torch.equal(run_pipeline(first), expected[0])
             assert torch.equal(run_pipeline(second), expected[1])
@@ -206,9 +203,8 @@ def test_attention_time_is_measured_on_request(make_pipeline, run_pipeline):
 
 def test_misuse_is_refused_with_the_way_out(make_pipeline):
     transformer = make_pipeline().transformer
-    with apply_strategy(transformer, "dense"):
-        with pytest.raises(InstallError, match="installed in this model already"):
-            apply_strategy(transformer, "dense")
+    with apply_strategy(transformer, "dense"), pytest.raises(InstallError, match="in this model already"):
+        apply_strategy(transformer, "dense")
     strategy = create_strategy("dense")
     with apply_strategy(transformer, strategy):
         with pytest.raises(InstallError, match="build a second one"):
@@ -232,7 +228,9 @@ def test_a_foreign_processor_is_refused(make_pipeline):
 
 def test_layerwise_casting(make_pipeline, run_pipeline):
     pipeline = make_pipeline()
-    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipeline.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     untouched = run_pipeline(pipeline)
     with apply_strategy(pipeline, "dense"):
         assert torch.equal(run_pipeline(pipeline), untouched)

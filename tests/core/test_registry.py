@@ -100,7 +100,9 @@ def test_two_plugins_of_one_name_are_both_named(plugin):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(StrategyNotFoundError, match="known: .*dense.*radial.* Did you mean 'radial'"):
         create_strategy("radail")
-    with pytest.raises(StrategyNotFoundError, match="no preset of strategy 'dense' is called 'x'; known: none"):
+    with pytest.raises(
+        StrategyNotFoundError, match="no preset of strategy 'dense' is called 'x'; known: none"
+    ):
         create_strategy("dense", preset="x")
 
 

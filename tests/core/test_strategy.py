@@ -131,4 +131,6 @@ def test_call_generator_depends_on_seed_layer_and_step_only():
         return torch.rand(4, generator=call_generator(seed, context, "cpu")).tolist()
 
     assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert len({tuple(draw(*place)) for place in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3), (0, 12, 0)]}) == 5
+    assert (
+        len({tuple(draw(*place)) for place in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3), (0, 12, 0)]}) == 5
+    )
