@@ -54,7 +54,8 @@ class BlockSparseMask:
         if self.indices.shape[:3] != self.counts.shape or self.counts.shape[2] != self.query_blocks:
             raise LayoutError(
                 f"{self.query_length} queries in blocks of {self.block_size[0]} make "
-                f"{self.query_blocks} rows; got counts {tuple(self.counts.shape)} and indices {tuple(self.indices.shape)}"
+                f"{self.query_blocks} rows; got counts {tuple(self.counts.shape)} and indices "
+                f"{tuple(self.indices.shape)}"
             )
 
     @property

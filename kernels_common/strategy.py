@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
 from core.parameters import StrategyParameters
 from core.strategy import AttentionResult, AttentionStrategy
 from kernels_common.block_sparse_attention import block_sparse_attention, resolve_backend
+from kernels_common.permutation import gather_tokens, scatter_tokens
 
 
 class BlockSparseParameters(StrategyParameters):
@@ -26,6 +27,11 @@ class BlockSparseParameters(StrategyParameters):
     backend: Literal["auto", "reference", "torch", "triton"] = Field(
         "auto", description="form of the block-sparse operator"
     )
+
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _read_text(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class BlockSparseStrategy(AttentionStrategy):
         pattern = self.pattern(query, key, context)
         backend = resolve_backend(query, pattern.mask, self.parameters.backend)
         if pattern.order is not None:
-            query, key, value = (part[:, :, pattern.order] for part in (query, key, value))
+            query, key, value = (gather_tokens(part, pattern.order) for part in (query, key, value))
         output = block_sparse_attention(query, key, value, pattern.mask, backend=backend)
         if pattern.order is not None:
-            output = output[:, :, torch.argsort(pattern.order)]
+            output = scatter_tokens(output, pattern.order)
         return AttentionResult(output, pattern.density, backend)
