@@ -1,0 +1,1 @@
+"""Measure every registered strategy and show it."""

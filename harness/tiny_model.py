@@ -1,0 +1,97 @@
+"""The model ``tiny-random``: a whole CogVideoX pipeline with random weights, for trying things out."""
+
+from typing import Any
+
+import torch
+
+TEXT_LENGTH = 16
+TEXT_DIM = 32
+LATENT_CHANNELS = 4
+
+
+def build_tiny_pipeline() -> Any:
+    """A `CogVideoXPipeline` with fixed random weights: 2 layers, 2 heads of 64, under a million parameters.
+
+    Its videos are noise; it checks installation and plumbing in seconds.
+    """
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    tokenizer = _letter_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = (_text_encoder(len(tokenizer)), _vae(), _transformer())
+    for part in parts:
+        part.eval()
+    return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
+
+
+def _letter_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>"]
+    letters = " abcdefghijklmnopqrstuvwxyz.,"
+    pieces = [(token, 0.0) for token in special] + [(letter, -1.0) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        eos_token=special[1],
+        unk_token=special[2],
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def _text_encoder(vocabulary: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return T5EncoderModel(config)
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+
+
+def _transformer() -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        time_embed_dim=16,
+        text_embed_dim=TEXT_DIM,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT_LENGTH,
+        use_rotary_positional_embeddings=True,
+    )

@@ -1,0 +1,38 @@
+"""Time of every registered strategy in one attention call, with its prediction and reordering.
+
+No time without a check: a strategy that shows its block mask is compared with float64 attention over
+exactly that mask; of any other, the output must be a weighted mean of the values (so constant values come
+out constant), finite and the same at every call.
+"""
+
+import torch
+
+
+@torch.inference_mode()
+def test_strategy(call, spec, timed, error_of):
+    strategy = spec.create()
+    inputs = (call.query, call.key, call.value, call.context)
+    output = strategy(*inputs)
+    assert torch.equal(output, strategy(*inputs)), "two equal calls gave different outputs"
+    check_weighted_mean(strategy, call)
+    facts = {}
+    if spec.is_baseline:
+        facts["max_error"] = error_of(call, output)
+    elif hasattr(strategy, "pattern"):
+        pattern = strategy.pattern(call.query, call.key, call.context)
+        facts["max_error"] = error_of(call, output, pattern.mask, pattern.order)
+    assert facts.get("max_error", 0.0) < call.tolerance
+    report = strategy.report()
+    facts |= {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
+    timed(lambda: strategy(*inputs), call, "strategies", **facts)
+
+
+def check_weighted_mean(strategy, call):
+    constant = torch.full_like(call.value, 0.75)
+    output = strategy(call.query, call.key, constant, call.context)
+    assert output.float().sub(0.75).abs().max() < call.tolerance
+    output = strategy(call.query, call.key, call.value, call.context)
+    assert torch.isfinite(output).all()
+    low, high = call.value.amin(2, keepdim=True), call.value.amax(2, keepdim=True)
+    outside = torch.maximum(low - output, output - high).max()
+    assert outside < call.tolerance
