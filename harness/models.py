@@ -84,7 +84,7 @@ def preset_name(model: str) -> str:
 
 
 def preset_names(model: str) -> tuple[str, ...]:
-    """Presets that fit a model, the closest first: its own (``cogvideox-2b``), its family's (``cogvideox``)."""
+    """Presets that fit a model: its own (``cogvideox-2b``), then its family's (``cogvideox``)."""
     own = preset_name(model)
     return (own,) if model in (DEMO, TINY) else (own, "cogvideox")
 
