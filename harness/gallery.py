@@ -21,9 +21,9 @@ from markupsafe import Markup
 
 from harness import readme
 from harness.errors import BenchError, ResultsError
+from harness.page import describe_page
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
 from harness.tables import provenance_line, summarise, to_markdown
-from harness.page import describe_page
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).parent / "templates"

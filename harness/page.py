@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
 from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
 from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
-from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
 
 MOST_PLAYERS = 60
 """Above this number of videos the page loads only those near the view: browsers refuse about 75 players."""

@@ -9,11 +9,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from harness.columns import is_baseline
 from harness.errors import BenchError
+from harness.page import cpu_notice
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
 from harness.tables import provenance_line, summarise, to_markdown
-from harness.columns import is_baseline
-from harness.page import cpu_notice
 from harness.video import read_frames
 
 BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
