@@ -1,5 +1,6 @@
 """Fixtures that more than one folder of tests uses."""
 
+import copy
 import functools
 import os
 from typing import Any
@@ -14,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @functools.cache
 def untouched_vae() -> Any:
-    """One autoencoder for all pipelines: tests of latents only read its configuration."""
+    """The autoencoder that pipelines copy: building it anew takes seconds."""
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
@@ -35,7 +36,7 @@ def build_pipeline(**overrides: Any) -> Any:
     pipeline = CogVideoXPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=untouched_vae(),
+        vae=copy.deepcopy(untouched_vae()),
         transformer=tiny_transformer(**overrides),
         scheduler=CogVideoXDDIMScheduler(),
     )
@@ -49,6 +50,7 @@ def generate(
     """Latents of one video; equal arguments give equal latents."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(2, 1, 16, 32, generator=torch.Generator().manual_seed(99))
+    text = text.to(pipeline._execution_device, pipeline.transformer.dtype)
     call = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": steps} | options
     return pipeline(
         prompt_embeds=text[0],

@@ -85,8 +85,8 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize("call", names, ids=str, indirect=True)
             metafunc.config.stash[SETTING] = (device, getattr(torch, dtype))
         if "spec" in metafunc.fixturenames:
-            preset = "cogvideox-2b" if on_gpu else "demo"
-            specs, _ = resolve_specs(config.getoption("--spec"), preset, device.type)
+            presets = ("cogvideox-2b", "cogvideox") if on_gpu else ("demo",)
+            specs, _ = resolve_specs(config.getoption("--spec"), presets, device.type)
             metafunc.parametrize("spec", specs, ids=lambda spec: spec.label)
     except BenchError as error:
         raise pytest.UsageError(str(error)) from None
