@@ -121,7 +121,7 @@ def _key_blocks(
         outside = torch.arange(length, device=key.device) >= key_lengths[:, None]  # [B, Nk]
         key_bias = torch.where(outside[:, None], float("-inf"), key_bias)
     bias_rows = _to_blocks(key_bias[..., None], block, fill=float("-inf")).flatten(1)
-    bias_first = _first_blocks(rows, *key_bias.shape[:2], blocks, order)
+    bias_first = _first_blocks(rows, key_bias.shape[0], key_bias.shape[1], blocks, order)
     return _KeyBlocks(key_rows, value_rows, first, bias_rows, bias_first, workspace)
 
 
@@ -145,7 +145,7 @@ def _gather(
         torch.index_select(source, 0, blocks, out=buffer[: len(blocks)]).view(kept.shape[0], -1, head_dim)
         for source, buffer in zip((keys.key, keys.value), keys.workspace, strict=True)
     )
-    if keys.bias is None:
+    if keys.bias is None or keys.bias_first is None:
         return key_rKD, value_rKD, None
     bias_blocks = (kept + keys.bias_first[chunk, None]).flatten()
     return key_rKD, value_rKD, keys.bias.index_select(0, bias_blocks).view(kept.shape[0], -1)

@@ -199,7 +199,10 @@ def _list_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _bias_strides(bias: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if bias is None else _list_strides(bias)[:2]
+    if bias is None:
+        return 0, 0
+    batch, head, _ = _list_strides(bias)
+    return batch, head
 
 
 def block_sparse_attention_triton(

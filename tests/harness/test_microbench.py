@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.microbench import main, read_benchmarks, tables
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "benchmarks" / "radial_nvidia_h200_2026-11-20.json"
+
+
+def test_ratios_are_to_the_dense_median_of_the_same_shape():
+    run = read_benchmarks(COMMITTED)
+    medians = {entry["param"]: entry["stats"]["median"] for entry in run["benchmarks"]}
+    shape = "2x48x226x11x48x85x64"
+    ratio = medians[f"{shape}-dense"] / medians[f"{shape}-radial:preset=none"]
+    text = tables(run)
+    second = text[text.index("45,106 tokens") :]
+    (line,) = [line for line in second.splitlines() if "radial:preset=none" in line]
+    assert f"| {ratio:.2f}x |" in line and "| 0.502 | triton |" in line
+    assert "Measured on NVIDIA H200" in text
+
+
+def test_the_documentation_shows_what_the_command_prints(capsys):
+    assert main([str(COMMITTED)]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed in (COMMITTED.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "cannot read"), ("no json", "not pytest-benchmark"), ('{"benchmarks": []}', "not pytest-benchmark")],
+)
+def test_bad_files_are_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_file_without_strategies(tmp_path, capsys):
+    run = json.loads(COMMITTED.read_text())
+    run["benchmarks"] = []
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(run))
+    assert main([str(path)]) == 2 and "no strategies" in capsys.readouterr().err
+    assert main([]) == 2
