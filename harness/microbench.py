@@ -76,9 +76,9 @@ def _provenance(run: dict[str, Any]) -> str:
     commit = run.get("commit_info", {}).get("id", "unknown")
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
     return (
-        f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. One call each on "
-        "random inputs, prediction and reordering included; what depends on the shape alone (static masks) is "
-        "planned before. The largest error is against float64 attention over the same mask, checked first."
+        f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. One call each "
+        "on random inputs, prediction and reordering included; what depends on the shape alone (masks) "
+        "is planned before. The largest error is against float64 attention over the same mask, checked first."
     )
 
 

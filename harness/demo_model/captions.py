@@ -163,7 +163,7 @@ def held_out_scenes() -> list[Scene]:
 def held_out_pairs(count: int = 48) -> list[Scene]:
     """Returns `count` two-object evaluation scenes, both objects held-out combinations of one ground."""
     rng = random.Random(21)
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         ground = GROUNDS[len(scenes) % len(GROUNDS)]
         left, right = rng.sample([c for c in sorted(_HELD_OUT) if c[3] == ground], 2)

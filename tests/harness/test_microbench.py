@@ -28,7 +28,11 @@ def test_the_documentation_shows_what_the_command_prints(capsys):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "cannot read"), ("no json", "not pytest-benchmark"), ('{"benchmarks": []}', "not pytest-benchmark")],
+    [
+        (None, "cannot read"),
+        ("no json", "not pytest-benchmark"),
+        ('{"benchmarks": []}', "not pytest-benchmark"),
+    ],
 )
 def test_bad_files_are_one_line(tmp_path, capsys, content, message):
     path = tmp_path / "file.json"
