@@ -17,7 +17,7 @@ from core.errors import LayoutError, ParameterError, UnsupportedCallError
 from kernels_common.block_sparse_reference import block_sparse_attention_reference
 from kernels_common.block_sparse_torch import block_sparse_attention_torch
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton", "gluon")
 BLOCK_MULTIPLE = 16
 TRITON_MAX_HEAD_DIM = 256
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,7 +30,8 @@ def resolve_backend(query: torch.Tensor, block_mask: BlockSparseMask, backend: s
     """Backend that :func:`block_sparse_attention` runs for such a call.
 
     ``"auto"`` is ``"triton"`` for fp16, bf16 and fp32 of up to 256 dimensions on CUDA devices where triton
-    is installed, otherwise ``"torch"``. Any other name is checked and returned.
+    is installed, otherwise ``"torch"``. Any other name is checked and returned. ``"gluon"``, the kernel for
+    Hopper GPUs, runs on request only.
 
     Args:
         query (Tensor): ``[B, Hq, Nq, D]``.
@@ -50,9 +51,20 @@ def resolve_backend(query: torch.Tensor, block_mask: BlockSparseMask, backend: s
         raise UnsupportedCallError(
             f"block-sparse backend must be auto, {', '.join(BACKENDS)}; got {backend!r}"
         )
-    if backend == "triton" and obstacle is not None:
+    if backend == "gluon":
+        obstacle = _gluon_obstacle(query, block_mask)
+    if backend in ("triton", "gluon") and obstacle is not None:
         raise UnsupportedCallError(f"{obstacle}; use backend='torch' or 'auto'")
     return backend
+
+
+def _gluon_obstacle(query: torch.Tensor, block_mask: BlockSparseMask) -> str | None:
+    """Why the gluon backend cannot take such a call, or None."""
+    if not _TRITON_INSTALLED:
+        return "backend 'gluon' needs the triton package, which is not installed"
+    from kernels_common.block_sparse_gluon import gluon_obstacle
+
+    return gluon_obstacle(query, block_mask.block_size)
 
 
 def _triton_obstacle(query: torch.Tensor) -> str | None:
@@ -128,8 +140,8 @@ def block_sparse_attention(
             query, in natural log units: ``log(n)`` for a key that stands for n merged tokens, -inf for a
             key to leave out. Used in fp32. Default: none
         return_lse (bool): also return the log-sum-exp. Default: False
-        backend (str): ``"auto"`` (see :func:`resolve_backend`), ``"triton"``, ``"torch"`` or ``"reference"``.
-            Default: ``"auto"``
+        backend (str): ``"auto"`` (see :func:`resolve_backend`), ``"triton"``, ``"torch"``,
+            ``"reference"`` or ``"gluon"`` (Hopper, without key_lengths and bias). Default: ``"auto"``
 
     Returns:
         Tensor or tuple[Tensor, Tensor]: output ``[B, Hq, Nq, D]`` in the dtype and memory order of ``query``;
@@ -148,6 +160,8 @@ def block_sparse_attention(
         raise UnsupportedCallError(
             "block_sparse_attention has no backward; call it under torch.no_grad() or detach its inputs"
         )
+    if backend == "gluon" and (key_lengths is not None or bias is not None):
+        raise UnsupportedCallError("backend 'gluon' supports neither key_lengths nor bias; use 'auto'")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if not 0.0 < scale < math.inf:
         raise ParameterError(f"scale must be positive and finite, got {scale}")
@@ -192,6 +206,10 @@ def block_sparse_attention_op(
     if backend == "torch":
         return block_sparse_attention_torch(query, key, value, counts, indices, block_size, **extras)
     # Triton is imported where it is launched, so that everything else works without it.
+    if backend == "gluon":
+        from kernels_common.block_sparse_gluon import block_sparse_attention_gluon
+
+        return block_sparse_attention_gluon(query, key, value, counts, indices, block_size, scale=scale)
     from kernels_common.block_sparse_triton import block_sparse_attention_triton
 
     return block_sparse_attention_triton(query, key, value, counts, indices, block_size, **extras)

@@ -24,7 +24,7 @@ class BlockSparseParameters(StrategyParameters):
     """
 
     block_size: Literal[64, 128] = Field(128, description="tokens of a query block and of a key block")
-    backend: Literal["auto", "reference", "torch", "triton"] = Field(
+    backend: Literal["auto", "reference", "torch", "triton", "gluon"] = Field(
         "auto", description="form of the block-sparse operator"
     )
 

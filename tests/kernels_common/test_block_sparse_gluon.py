@@ -1,0 +1,156 @@
+"""The Gluon kernel against softmax attention in fp32 under a dense mask; needs a Hopper GPU."""
+
+import pytest
+import torch
+
+from core import BlockSparseMask, UnsupportedCallError
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="needs triton with Gluon")
+
+from kernels_common.block_sparse_attention import block_sparse_attention, resolve_backend
+from kernels_common.block_sparse_gluon import block_sparse_attention_gluon, gluon_obstacle
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+# As in test_block_sparse_attention.py.
+OUTPUT_TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+LSE_TOLERANCE = 2.0**-13
+
+
+def _attention(query, key, value, mask):
+    group = query.shape[1] // key.shape[1]
+    key, value = (part.float().repeat_interleave(group, 1) for part in (key, value))
+    scores = (query.float() @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    scores.masked_fill_(~mask.to_dense(), float("-inf"))
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ value, torch.logsumexp(scores, -1)
+
+
+def _run(query, key, value, mask):
+    return block_sparse_attention_gluon(
+        query, key, value, mask.counts, mask.indices, mask.block_size, scale=query.shape[-1] ** -0.5
+    )
+
+
+def _check(query, key, value, mask):
+    output, lse = _run(query, key, value, mask)
+    expected_output, expected_lse = _attention(query, key, value, mask)
+    empty = expected_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    assert not output[empty].any()
+    error = (output.float() - expected_output).norm()
+    assert error <= OUTPUT_TOLERANCE[output.dtype] * expected_output.norm()
+    assert ((lse - expected_lse)[~empty].abs() <= LSE_TOLERANCE).all()
+
+
+@pytest.fixture
+def make_call(generator, device, poisoned_memory):
+    def make(
+        queries, keys, *, block=128, head_dim=64, batch=1, heads=2, kv_heads=None, density=0.5, shared=False,
+        dtype=torch.bfloat16,
+    ):  # fmt: skip
+        """Tensors ``[B, N, H, D]`` seen as ``[B, H, N, D]`` and a mask with empty rows and poisoned tails."""
+        shapes = ((queries, heads), (keys, kv_heads or heads), (keys, kv_heads or heads))
+        tensors = (torch.randn(batch, *shape, head_dim, generator=generator) for shape in shapes)
+        rows, columns = -(-queries // 128), -(-keys // block)
+        kept = torch.rand(1 if shared else batch, 1 if shared else heads, rows, columns, generator=generator)
+        kept = kept < density
+        kept[:, :, 0] = density == 1  # an empty row, unless all is kept
+        kept[:, :, -1, -1] = True  # the ragged block
+        mask = BlockSparseMask.from_blocks(kept.to(device), (128, block), queries, keys)
+        tail = torch.arange(mask.indices.shape[-1], device=device) >= mask.counts[..., None]
+        mask.indices.masked_fill_(tail, 1 << 30)
+        return *(tensor.to(device, dtype).transpose(1, 2) for tensor in tensors), mask
+
+    return make
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [128, 64])
+@pytest.mark.parametrize("lengths", [(1, 63), (200, 200), (257, 641), (300, 1000)], ids=str)
+def test_lengths_blocks_and_dtypes(make_call, lengths, block, head_dim, dtype):
+    _check(*make_call(*lengths, block=block, head_dim=head_dim, dtype=dtype))
+
+
+@needs_hopper
+@pytest.mark.parametrize("block", [128, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_programs_that_walk_many_tiles(make_call, density, head_dim, block):
+    for _ in range(3):  # a race shows as an error that moves
+        _check(*make_call(1700, 1900, batch=2, heads=24, block=block, head_dim=head_dim, density=density))
+
+
+@needs_hopper
+def test_grouped_query_heads_and_a_shared_mask(make_call):
+    _check(*make_call(300, 500, batch=2, heads=6, kv_heads=2, shared=True))
+
+
+@needs_hopper
+def test_dropped_blocks_are_not_read(make_call):
+    query, key, value, mask = make_call(300, 600, block=64, density=1.0, shared=True)
+    kept = mask.to_blocks()
+    kept[..., 2:5] = False
+    mask = BlockSparseMask.from_blocks(kept, (128, 64), 300, 600)
+    key, value = key.clone(), value.clone()
+    key[:, :, 128:320] = value[:, :, 128:320] = float("nan")
+    output, lse = _run(query, key, value, mask)
+    assert output.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@needs_hopper
+def test_memory_order_of_query_is_kept(make_call):
+    query, key, value, mask = make_call(300, 300)
+    for layout in (query, query.contiguous(), query.transpose(2, 3).contiguous().transpose(2, 3)):
+        _check(layout, key, value, mask)
+        assert _run(layout, key, value, mask)[0].stride() == torch.empty_like(layout).stride()
+
+
+@needs_hopper
+def test_one_program_serves_all_lengths(make_call):
+    from kernels_common.block_sparse_gluon import block_sparse_fwd_kernel_sm90 as kernel
+
+    _check(*make_call(300, 500))
+    compiled = len(kernel.device_caches[torch.cuda.current_device()][0])
+    _check(*make_call(777, 1234, heads=3))
+    assert len(kernel.device_caches[torch.cuda.current_device()][0]) == compiled
+
+
+@needs_hopper
+def test_obstacles_on_hopper(device):
+    query = torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16, device=device)
+    assert gluon_obstacle(query, (128, 128)) is None
+    assert gluon_obstacle(query[..., :32], (128, 64)).endswith("got 32")
+    assert "fp16 and bf16" in gluon_obstacle(query.float(), (128, 64))
+    assert "128 x 64" in gluon_obstacle(query, (64, 64))
+
+
+def test_the_cpu_is_an_obstacle():
+    query = torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
+    assert "CUDA device" in gluon_obstacle(query, (128, 128))
+    mask = BlockSparseMask.full((128, 128), 300, 300)
+    with pytest.raises(UnsupportedCallError, match="CUDA device"):
+        _run(query, query, query, mask)
+
+
+@pytest.mark.parametrize("extra", ["key_lengths", "bias"])
+def test_the_operator_refuses_what_the_kernel_lacks(extra):
+    query = torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
+    mask = BlockSparseMask.full((128, 128), 300, 300)
+    extras = {"key_lengths": torch.tensor([3]), "bias": torch.zeros(1, 1, 300)}
+    with pytest.raises(UnsupportedCallError, match="neither key_lengths nor bias"):
+        block_sparse_attention(query, query, query, mask, backend="gluon", **{extra: extras[extra]})
+    with pytest.raises(UnsupportedCallError, match="CUDA device"):
+        resolve_backend(query, mask, "gluon")
+
+
+@needs_hopper
+def test_the_operator_runs_it_on_request(make_call):
+    query, key, value, mask = make_call(300, 500)
+    output, lse = block_sparse_attention(query, key, value, mask, backend="gluon", return_lse=True)
+    expected_output, expected_lse = _run(query, key, value, mask)
+    assert torch.equal(output, expected_output) and torch.equal(lse, expected_lse)
