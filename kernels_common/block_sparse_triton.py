@@ -233,7 +233,8 @@ def block_sparse_attention_triton(
     """
     _check_device(query)
     batch, heads, queries, head_dim = query.shape
-    output = torch.empty_like(query)
+    output = torch.empty_like(query)  # keeps the memory order of a dense query, whatever it is
+    target = output if output.stride(3) == 1 else output.new_empty(output.shape)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     config = config or select_config(block_d, block_size, query.dtype)
@@ -245,8 +246,8 @@ def block_sparse_attention_triton(
         block_sparse_fwd_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
             _descriptor(query, config.tile_m, block_d),
             _descriptor(key, config.tile_n, block_d), _descriptor(value, config.tile_n, block_d),
-            output, lse, counts, indices, key_lengths, bias,
-            *output.stride()[:3],
+            target, lse, counts, indices, key_lengths, bias,
+            *target.stride()[:3],
             *_list_strides(counts)[:2], *_list_strides(indices)[:3], *_bias_strides(bias),
             queries, key.shape[2], scale * LOG2_E.value,
             QUERY_HEADS=heads, KV_GROUP=heads // key.shape[1],
@@ -257,4 +258,4 @@ def block_sparse_attention_triton(
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return output, lse
+    return (output if target is output else output.copy_(target)), lse

@@ -155,6 +155,13 @@ def test_key_lengths(make_call, device, backend, lengths, index_dtype):
     call.check(backend)
 
 
+def test_a_head_dimension_that_is_not_contiguous(make_call, backend):
+    call = make_call(130, 200)
+    call.query = call.query.transpose(2, 3).contiguous().transpose(2, 3)  # [B, H, N, D] over [B, H, D, N]
+    assert call.query.stride(3) != 1
+    call.check(backend)
+
+
 def test_key_lengths_with_bias(make_call, generator, device, backend):
     call = make_call(130, 200, blocks=(128, 128))
     call.extras["key_lengths"] = torch.tensor([77, 200], device=device)
