@@ -194,6 +194,8 @@ def apply_strategy(
     denoiser = getattr(target, "transformer", target)
     if isinstance(strategy, str):
         strategy = create_strategy(strategy, preset=preset, **parameters)
+    elif not isinstance(strategy, AttentionStrategy):
+        raise InstallError(f"strategy must be a registered name or an AttentionStrategy, got {strategy!r}")
     elif preset or parameters:
         raise InstallError("a configured strategy takes no preset or parameters; set them when it is built")
     if strategy.installed:

@@ -87,6 +87,8 @@ class ExecutionReport:
 
     def __str__(self) -> str:
         backends = ", ".join(f"{name} x{count}" for name, count in self.backends.items())
+        if not self.calls:
+            return f"{self.strategy}: no attention calls yet"
         lines = [f"{self.strategy}: {self.calls} attention calls, executed density {self.density:.3f}"]
         lines.append(f"  backends: {backends or 'none'}")
         lines.extend(f"  dense: {count} calls, {reason}" for reason, count in self.dense_calls.items())

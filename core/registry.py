@@ -23,7 +23,7 @@ class StrategyEntry:
 
     Args:
         name (str): registered name; for a plugin that cannot load, its entry point's name.
-        owner (str): distribution and entry point it comes from.
+        owner (str): distribution with version, and entry point it comes from.
         status (str): ``"available"`` or ``"unavailable: reason"``.
         summary (str): first line of the strategy's docstring.
     """
@@ -121,7 +121,8 @@ class Registry:
         return f"no {kind} is called '{name}'; known: {', '.join(known) or 'none'}.{hint}"
 
     def _load(self, plugin: EntryPoint) -> None:
-        owner = f"{plugin.dist.name if plugin.dist else 'unknown distribution'} ({plugin.value})"
+        origin = f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else "unknown distribution"
+        owner = f"{origin} ({plugin.value})"
         try:
             module = plugin.load()
             self.hooks.register(module, name=plugin.name)

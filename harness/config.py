@@ -72,8 +72,9 @@ def parse_arguments(argv: list[str] | None = None) -> BenchConfig:
     except argparse.ArgumentError as error:
         raise BenchError(_one_line(error)) from None
     prompts = [] if options.list else _choose_prompts(options)
-    if any(seed < 0 for seed in options.seeds):
-        raise BenchError(f"--seeds must not be negative, got {min(options.seeds)}")
+    for seed in options.seeds:
+        if not 0 <= seed < 2**63:
+            raise BenchError(f"--seeds must lie in 0 to 2^63 - 1, got {seed}")
     names = ("height", "width", "num_frames", "steps", "guidance_scale", "fps")
     return BenchConfig(
         model=options.model,

@@ -108,9 +108,7 @@ def read_complete_run(run_dir: Path) -> Run:
     return Run(run_dir, settings, rows)
 
 
-def _check_settings(path: Path, settings: Any) -> None:
-    if not isinstance(settings, dict):
-        raise ResultsError(f"{path} must hold an object, got {type(settings).__name__}")
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     for name, kind in RUN_TYPES.items():
         if not isinstance(settings.get(name), kind):
             raise ResultsError(f"{path}: {name!r} is missing or has the wrong type: {settings.get(name)!r}")
@@ -192,10 +190,13 @@ def _install(staging: Path, output_dir: Path) -> None:
 def find_run(runs_dir: Path, gallery_dir: Path) -> Path:
     """The run that was written to last, or the committed gallery if there is none.
 
+    Runs of the random-weight test model do not count.
+
     Raises:
         BenchError: neither holds results.
     """
-    runs = [path for path in runs_dir.glob(f"*/{RESULTS_NAME}") if (path.parent / RUN_NAME).is_file()]
+    found = [path for path in runs_dir.glob(f"*/{RESULTS_NAME}") if (path.parent / RUN_NAME).is_file()]
+    runs = [path for path in found if read_run(path.parent).get("model") != "tiny-random"]
     if runs:
         return max(runs, key=lambda path: path.stat().st_mtime_ns).parent
     if (gallery_dir / RESULTS_NAME).is_file():
@@ -229,13 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if target:
             readme.check_markers(target)
-        page = build(options.run or find_run(Path("runs"), options.output), options.output)
+        run = options.run or find_run(Path("runs"), options.output)
+        page = build(run, options.output)
         if target:
             readme.update(target, options.output)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {page}" + (f" and the comparison section of {target}" if target else ""))
+    print(f"wrote {page} from {run}" + (f" and the comparison section of {target}" if target else ""))
     return 0
 
 

@@ -28,6 +28,7 @@ class StrategySpec:
         preset (str, Optional): preset the parameters start from.
         overrides (dict): parameters on top of it.
         parameters (dict): all parameters after validation, as JSON values.
+        provider (str): distribution with version and entry point that the strategy comes from.
     """
 
     label: str
@@ -35,6 +36,7 @@ class StrategySpec:
     preset: str | None
     overrides: dict[str, Any]
     parameters: dict[str, Any]
+    provider: str = ""
 
     def create(self) -> AttentionStrategy:
         """A fresh strategy with these parameters."""
@@ -93,7 +95,8 @@ def parse_spec(text: str, model_presets: Sequence[str] = ()) -> StrategySpec:
     overrides = {key: _read_value(value) for key, value in pairs.items()}
     strategy = create_strategy(name, preset=preset, **overrides)
     parameters = json.loads(json.dumps(strategy.parameters.model_dump(), default=str))
-    return StrategySpec(label, name, preset, overrides, parameters)
+    provider = next(entry.owner for entry in available_strategies() if entry.name == name)
+    return StrategySpec(label, name, preset, overrides, parameters, provider)
 
 
 def resolve_specs(
@@ -139,7 +142,12 @@ def make_jobs(
     for prompt_index, prompt in enumerate(prompts):
         for seed in seeds:
             for spec in specs:
-                parts = {"strategy": spec.name, "parameters": spec.parameters, "prompt": prompt, "seed": seed}
+                parts: dict[str, Any] = {
+                    "strategy": spec.name,
+                    "provider": spec.provider,
+                    "parameters": spec.parameters,
+                }
+                parts |= {"prompt": prompt, "seed": seed}
                 jobs.append(Job(job_hash(identity | parts), spec, prompt, prompt_index, seed))
     return jobs
 

@@ -98,7 +98,7 @@ def lpips_problem() -> str | None:
     try:
         _lpips_model()
     except ImportError as error:
-        return f"not installed ({error}); pip install 'sparse-attn-functions[lpips]'"
+        return f"not installed ({error}); optional, for GPU machines: extra 'lpips', docs/install.md"
     except Exception as error:  # its network weights are downloaded at first use, which fails in many ways
         return f"{type(error).__name__}: {error}".split("\n")[0]
     return None

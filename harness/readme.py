@@ -1,5 +1,7 @@
 """The README's comparison section: a moving strip of the first prompts, the summary table, provenance."""
 
+import bisect
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,8 +181,9 @@ def _write(
     """Write one line, cut with an ellipsis where it would be wider than ``width``."""
     font = ImageFont.load_default(size)
     text = " ".join(text.split())
+    text = text[:width]  # no letter is narrower than a pixel
     if font.getlength(text) > width:
-        while text and font.getlength(text + "...") > width:
-            text = text[:-1]
-        text += "..."
+        ends = range(1, len(text))
+        fitting = bisect.bisect(ends, width, key=lambda end: math.ceil(font.getlength(text[:end] + "...")))
+        text = text[:fitting] + "..."
     pen.text(place, text, fill=colour, font=font)

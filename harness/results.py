@@ -24,6 +24,7 @@ class ResultRow:
         job_id (str): hash of everything that identifies the job.
         label (str): text of the strategy spec, unique within a run (``radial:preset=demo``).
         strategy (str): registered name.
+        provider (str): distribution with version and entry point of the strategy.
         preset (str, Optional): preset the parameters started from.
         parameters (dict): all parameters of the strategy.
         model (str): model name as given to ``--model``.
@@ -67,6 +68,7 @@ class ResultRow:
     job_id: str
     label: str
     strategy: str
+    provider: str = ""
     preset: str | None
     parameters: dict[str, Any]
     model: str
@@ -218,11 +220,14 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(f"{path} does not exist; is {run_dir} the --output of a benchmark?") from None
     except ValueError as error:
         raise ResultsError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(run, dict):
+        raise ResultsError(f"{path} must hold an object, got {type(run).__name__}; was it edited?")
+    return run
 
 
 def write_json(path: Path, values: Any) -> None:

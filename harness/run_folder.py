@@ -128,6 +128,12 @@ class RunFolder:
         return all(name and (self.path / name).is_file() for name in (row.video, row.frames))
 
     def _refuse_mixture(self, row: dict[str, Any], run: dict[str, Any]) -> None:
+        provider = run.get("providers", {}).get(row["label"], row["provider"])
+        if row["provider"] and provider != row["provider"]:
+            raise BenchError(
+                f"{self.path} holds results of '{row['label']}' from {row['provider']}, installed is "
+                f"{provider}; choose another --output, or move that folder away"
+            )
         for name in FIXED:
             if row[name] != run[name]:
                 raise BenchError(

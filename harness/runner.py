@@ -179,6 +179,7 @@ class Runner:
             job_id=job.job_id,
             label=job.spec.label,
             strategy=job.spec.name,
+            provider=job.spec.provider,
             preset=job.spec.preset,
             parameters=job.spec.parameters,
             model=self._model.name,

@@ -26,8 +26,11 @@ from diffusers import CogVideoXPipeline
 from harness.demo_model import DEMO_DEFAULTS, WEIGHTS_DIR
 
 pipe = CogVideoXPipeline.from_pretrained(WEIGHTS_DIR)
-video = pipe("{example}",
-             generator=torch.Generator().manual_seed(0), **DEMO_DEFAULTS.call_arguments()).frames[0]
+video = pipe(
+    "{example}",
+    generator=torch.Generator().manual_seed(0),
+    **DEMO_DEFAULTS.call_arguments(),
+).frames[0]
 ```
 
 ## Captions

@@ -43,6 +43,6 @@ PRESETS = (
         "radial",
         "demo",
         {"rule": "cogvideox", "block_size": 64, "dense_layers": 1, "dense_timesteps": 2},
-        "The demo model (17 frames of 240 tokens, 8 layers, 12 steps): blocks of 64 for its small frames.",
+        "The demo model (17 frames of 240 tokens, 8 layers, 8 steps): blocks of 64 for its small frames.",
     ),
 )

@@ -286,3 +286,13 @@ def test_a_dropped_handle_keeps_working_and_copies_are_independent(make_pipeline
     clone = copy.deepcopy(make_pipeline().transformer)
     with apply_strategy(clone, "dense"):
         pass
+
+
+def test_something_else_than_a_strategy_is_refused(make_pipeline):
+    with pytest.raises(InstallError, match="got None"):
+        apply_strategy(make_pipeline(), None)
+
+
+def test_a_report_without_calls_says_so(make_pipeline):
+    with apply_strategy(make_pipeline(), "dense") as run:
+        assert str(run.report()) == "dense: no attention calls yet"

@@ -199,3 +199,28 @@ def test_kill_9_in_mid_run_loses_no_finished_job(prompts, tmp_path):
     assert len(after) == 12
     assert all(row.ok for row in after)
     assert not list(output.glob("*/.*.partial"))
+
+
+def test_another_version_of_a_plugin_is_not_mixed_in(arguments, copy, capsys):
+    results = copy / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for row in lines:
+        assert row["provider"].startswith("sparse-attn-functions ")
+        row["provider"] = "somebody 0.1.0 (plugins.radial)"
+    results.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert bench.main([*arguments, "--output", str(copy)]) == 2
+    assert "from somebody 0.1.0" in last_error(capsys)
+
+
+def test_a_run_that_was_dense_after_all_says_so(finished):
+    remarks = bench.dense_after_all(read_rows(finished / "results.jsonl"))
+    assert remarks == [
+        "radial:block_size=64 executed every pair (density 1.000): its mask keeps every block of 64 tokens"
+    ]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "3"])
+def test_a_run_record_that_is_no_object_is_one_line(arguments, copy, capsys, content):
+    (copy / "run.json").write_text(content)
+    assert bench.main([*arguments, "--output", str(copy)]) == 2
+    assert "must hold an object" in last_error(capsys)

@@ -19,6 +19,7 @@ def row_of(job, **figures):
         job_id=job.job_id,
         label=job.spec.label,
         strategy=job.spec.name,
+        provider=job.spec.provider,
         preset=None,
         parameters={},
         prompt=job.prompt,

@@ -1,5 +1,7 @@
 """The README's comparison section and its moving strip."""
 
+import time
+
 import pytest
 from PIL import Image
 
@@ -134,3 +136,15 @@ class TestStrip:
             make_row("radial", PROMPTS[0], 0, 1, status="failed", error="no", video=None),
         )
         assert (gallery.build(run, tmp_path / "gallery").parent / "comparison.webp").is_file()
+
+
+def test_a_very_long_prompt_is_cut_in_no_time():
+    from PIL import Image, ImageDraw, ImageFont
+
+    sheet = Image.new("RGB", (900, 40), "white")
+    start = time.perf_counter()
+    for text in ("a" * 100_000, "word " * 20_000):
+        readme._write(ImageDraw.Draw(sheet), (0, 5), text, 14, "black", 880)
+    assert time.perf_counter() - start < 2
+    columns = [x for x in range(900) if sheet.getpixel((x, 12)) != (255, 255, 255)]
+    assert ImageFont.load_default(14).getlength("...") < max(columns) <= 880
