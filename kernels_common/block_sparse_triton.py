@@ -140,14 +140,11 @@ def block_sparse_fwd_kernel(
 def select_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype) -> TileConfig:
     """Tile for a padded head dimension, mask block and dtype; it divides the mask block.
 
-    Fastest 16-bit tiles measured on an H200, TFLOP/s of executed tiles at density 0.5, 0.25, 0.1, for random
-    lists over 2 x 30 x 17,776 tokens (D 64) and 24 x 32,768 (D 128):
+    The 16-bit tiles are the fastest of those tried on an H200, with random lists at densities 0.5 to 0.1:
 
-    - D 64: 64x128 451, 441, 419; 64x64 420, 410, 393; 128x64 409, 402, 377; 128x128 336, 325, 303.
-      Small programs share a multiprocessor and hide each other's softmax, and 128 keys per step halve
-      the rescaling of the output.
-    - D 128: 128x128 489, 475, 455; 64x64 478, 474, 450; 128x64 436, 426, 412. The reuse of keys by 128
-      queries counts for more.
+    - D 64: 64x128. Small programs share a multiprocessor and hide each other's softmax, and 128 keys per
+      step halve the rescaling of the output.
+    - D 128: 128x128 where the mask block allows it. The reuse of keys by 128 queries counts for more.
     """
     if dtype == torch.float32:
         wanted = TileConfig(64, 64, 4, 2) if block_d <= 128 else TileConfig(64, 32, 8, 1)
