@@ -1,14 +1,10 @@
-"""Device, backend and memory fixtures; Triton kernels run in the interpreter where there is no GPU."""
+"""Device, backend and memory fixtures."""
 
 import os
 import secrets
 
 import pytest
 import torch
-
-# Read when a kernel is decorated, so it must stand before any kernel module is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
