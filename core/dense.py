@@ -14,7 +14,7 @@ def resolve_dense_backend(query: torch.Tensor, key: torch.Tensor, value: torch.T
     """Name of the backend that ``backend="auto"`` runs for these tensors.
 
     On CUDA devices of compute capability 9.0 and later cuDNN comes first (torch's default there, the
-    FlashAttention-2 kernel, is 1.7 to 2 times slower), elsewhere flash; ``"sdpa"``, torch's own
+    FlashAttention-2 kernel, is much slower), elsewhere flash; ``"sdpa"``, torch's own
     choice, is taken where neither supports the call, and on every other device.
     """
     if query.device.type != "cuda":
