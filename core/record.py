@@ -1,13 +1,18 @@
 """What was executed: one record per attention call, and the report over one video."""
 
+import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from core.context import AttentionContext
+
+if TYPE_CHECKING:
+    from core.strategy import AttentionResult
 
 WARM_UP = "dense warm-up"
 
@@ -20,6 +25,7 @@ class CallRecord:
     step: int
     density: float | torch.Tensor
     backend: str
+    shares: Mapping[str, float | torch.Tensor]
     dense_reason: str | None
     time_s: "float | CudaSpan | None"
 
@@ -71,6 +77,8 @@ class ExecutionReport:
         dense_calls (dict[str, int]): calls that ran dense, per reason.
         attention_time_s (float, Optional): time inside the strategy, prediction and reordering
             included; None unless timing was asked for.
+        shares_by_layer (dict[str, list[list[float]]]): further figures of the method, 0 to 1, each laid out
+            as ``density_by_layer``; NaN where a call did not give it.
     """
 
     strategy: str
@@ -81,6 +89,7 @@ class ExecutionReport:
     backends: dict[str, int]
     dense_calls: dict[str, int]
     attention_time_s: float | None
+    shares_by_layer: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,6 +105,9 @@ class ExecutionReport:
             lines.append(f"  attention time: {self.attention_time_s:.3f} s")
         for layer, densities in enumerate(self.density_by_layer):
             lines.append(f"  layer {layer:2d}: " + " ".join(f"{value:.2f}" for value in densities))
+        for name, table in self.shares_by_layer.items():
+            given = [value for row in table for value in row if not math.isnan(value)]
+            lines.append(f"  {name}: {sum(given) / len(given):.3f}, mean over {len(given)} layers and steps")
         return "\n".join(lines)
 
 
@@ -119,15 +131,16 @@ class ExecutionRecord:
     def add(
         self,
         context: AttentionContext,
-        density: float | torch.Tensor,
-        backend: str,
+        result: "AttentionResult",
         dense_reason: str | None,
         stopwatch: Stopwatch | None,
     ) -> None:
-        """Append one call. A tensor density is read only by `report`, so nothing synchronises here."""
+        """Append one call. Figures that are tensors are read by `report` only: nothing synchronises here."""
         time_s = stopwatch.stop() if stopwatch else None
-        layer, step = context.layer_index, context.step_index
-        self._calls.append(CallRecord(layer, step, density, backend, dense_reason, time_s))
+        place = (context.layer_index, context.step_index)
+        self._calls.append(
+            CallRecord(*place, result.density, result.backend, result.shares, dense_reason, time_s)
+        )
 
     def report(self, strategy: str, parameters: dict[str, Any]) -> ExecutionReport:
         """Sum up all calls since `clear`; synchronises with the device."""
@@ -137,18 +150,26 @@ class ExecutionRecord:
             parameters=parameters,
             calls=len(self._calls),
             density=sum(densities) / len(densities) if densities else float("nan"),
-            density_by_layer=self._density_table(densities),
+            density_by_layer=self._table(zip(self._calls, densities, strict=True)),
             backends=dict(Counter(call.backend for call in self._calls)),
             dense_calls=dict(Counter(call.dense_reason for call in self._calls if call.dense_reason)),
             attention_time_s=self._total_time() if self.timed else None,
+            shares_by_layer={name: self._share_table(name) for name in self._share_names()},
         )
 
-    def _density_table(self, densities: list[float]) -> list[list[float]]:
+    def _share_names(self) -> list[str]:
+        return list(dict.fromkeys(name for call in self._calls for name in call.shares))
+
+    def _share_table(self, name: str) -> list[list[float]]:
+        return self._table((call, float(call.shares[name])) for call in self._calls if name in call.shares)
+
+    def _table(self, figures: Iterable[tuple[CallRecord, float]]) -> list[list[float]]:
+        """Mean figure of every layer (row) and step (column) that was called."""
         cells: dict[tuple[int, int], list[float]] = {}
-        for call, density in zip(self._calls, densities, strict=True):
-            cells.setdefault((call.layer, call.step), []).append(density)
-        layers = 1 + max((layer for layer, _ in cells), default=-1)
-        steps = 1 + max((step for _, step in cells), default=-1)
+        for call, figure in figures:
+            cells.setdefault((call.layer, call.step), []).append(figure)
+        layers = 1 + max((call.layer for call in self._calls), default=-1)
+        steps = 1 + max((call.step for call in self._calls), default=-1)
         means = {place: sum(values) / len(values) for place, values in cells.items()}
         return [[means.get((layer, step), float("nan")) for step in range(steps)] for layer in range(layers)]
 

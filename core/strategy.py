@@ -3,8 +3,9 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,11 +30,14 @@ class AttentionResult(NamedTuple):
         density (float | Tensor): executed share of all (query, key) pairs, 0 to 1; a 0-d tensor on
             the device where reading it would synchronise.
         backend (str): the operator that ran, for the report.
+        shares (Mapping[str, float | Tensor]): further figures of this call that the method wants in the
+            report, by name, each 0 to 1 (the share of heads of one class, for example). Default: none
     """
 
     output: torch.Tensor
     density: float | torch.Tensor
     backend: str
+    shares: Mapping[str, float | torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ class AttentionStrategy(ABC):
             result = self.attend(query, key, value, context)
             if self._is_broken(result.output, context):
                 result, dense_reason = self._fall_back(query, key, value, context)
-        self.record.add(context, result.density, result.backend, dense_reason, stopwatch)
+        self.record.add(context, result, dense_reason, stopwatch)
         return result.output
 
     def verify_outputs(self) -> None:

@@ -206,19 +206,30 @@ def _cloud(rows: Sequence[ResultRow], figure: str, scale: float) -> list[tuple[f
 def _maps(done: Sequence[ResultRow], strategies: Strategies) -> Iterator[dict[str, Any]]:
     for label in strategies.compared:
         own = [row for row in done if row.label == label]
-        cells = mean_map([row.density_by_layer for row in own if row.density_by_layer])
-        known = [row.density for row in own if row.density is not None]
-        if not cells or not known:
-            continue
-        mean = percent(sum(known) / len(known))
+        yield from _map(label, "density", [row.density_by_layer or [] for row in own], strategies)
+        for figure in dict.fromkeys(name for row in own for name in row.shares_by_layer):
+            tables = [row.shares_by_layer.get(figure, []) for row in own]
+            yield from _map(label, figure.replace("_", " "), tables, strategies)
+
+
+def _map(
+    label: str, figure: str, tables: Sequence[list[list[float | None]]], strategies: Strategies
+) -> Iterator[dict[str, Any]]:
+    """The mean of one figure over the jobs of one strategy, nothing if no job has it."""
+    cells = mean_map(tables)
+    given = [value for row in cells for value in row if value is not None]
+    if given:
+        mean = percent(sum(given) / len(given))
+        size = f"{len(cells)} layers and {len(cells[0])} steps"
         yield {
             **strategies.tag(label),
+            "figure": figure,
             "image": density_map(cells),
             "data": json.dumps(cells, separators=(",", ":")),
             "layers": len(cells),
             "steps": len(cells[0]),
             "mean": mean,
-            "alt": f"Density of {label} for {len(cells)} layers and {len(cells[0])} steps, {mean} on average",
+            "alt": f"{figure.capitalize()} of {label} for {size}, {mean} on average",
         }
 
 

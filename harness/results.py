@@ -51,6 +51,8 @@ class ResultRow:
         attention_speedup (float, Optional): ``dense_attention_time_s / attention_time_s``.
         density (float, Optional): executed share of (query, key) pairs, 0 to 1.
         density_by_layer (list, Optional): layers x steps; None in a cell that was not called.
+        shares_by_layer (dict): further figures of the strategy by name, 0 to 1, laid out as
+            ``density_by_layer``.
         backends (dict): attention calls per backend.
         dense_calls (dict): calls that ran dense, per reason.
         peak_memory_bytes (int, Optional): GPU memory on CUDA, resident memory on a CPU.
@@ -95,6 +97,7 @@ class ResultRow:
     attention_speedup: float | None = None
     density: float | None = None
     density_by_layer: list[list[float | None]] | None = None
+    shares_by_layer: dict[str, list[list[float | None]]] = field(default_factory=dict)
     backends: dict[str, int] = field(default_factory=dict)
     dense_calls: dict[str, int] = field(default_factory=dict)
     peak_memory_bytes: int | None = None

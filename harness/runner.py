@@ -224,13 +224,17 @@ def _speed_figures(made: Generated, dense: Denoised) -> dict[str, Any]:
 
 
 def _execution_figures(report: ExecutionReport) -> dict[str, Any]:
-    table = [[None if math.isnan(cell) else cell for cell in layer] for layer in report.density_by_layer]
     return {
         "density": None if math.isnan(report.density) else report.density,
-        "density_by_layer": table,
+        "density_by_layer": _without_nan(report.density_by_layer),
+        "shares_by_layer": {name: _without_nan(table) for name, table in report.shares_by_layer.items()},
         "backends": report.backends,
         "dense_calls": report.dense_calls,
     }
+
+
+def _without_nan(table: list[list[float]]) -> list[list[float | None]]:
+    return [[None if math.isnan(cell) else cell for cell in layer] for layer in table]
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """BlockSparseStrategy: the common case of a method that is a block mask and perhaps a token order."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -41,13 +42,17 @@ class SparsePattern:
     Args:
         mask (BlockSparseMask): kept blocks, in the reordered sequence if there is an ``order``.
         density (float | Tensor): executed density of ``mask``; a float where it is known beforehand.
-        order (Tensor, Optional): ``[S]`` int64; place ``i`` of the reordered sequence holds token
-            ``order[i]``. None keeps the model's order.
+        order (Tensor, Optional): ``[S]`` or ``[B or 1, H or 1, S]`` int64; place ``i`` of the reordered
+            sequence holds token ``order[i]``. Default: the model's order
+        key_order (Tensor, Optional): order of keys and values where it is another one. Default: ``order``
+        shares (Mapping[str, float | Tensor]): further figures for the report, see `AttentionResult`.
     """
 
     mask: BlockSparseMask
     density: float | torch.Tensor
     order: torch.Tensor | None = None
+    key_order: torch.Tensor | None = None
+    shares: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
 
 
 class BlockSparseStrategy(AttentionStrategy):
@@ -67,10 +72,31 @@ class BlockSparseStrategy(AttentionStrategy):
         context: AttentionContext,
     ) -> AttentionResult:
         pattern = self.pattern(query, key, context)
-        backend = resolve_backend(query, pattern.mask, self.parameters.backend)
-        if pattern.order is not None:
-            query, key, value = (gather_tokens(part, pattern.order) for part in (query, key, value))
-        output = block_sparse_attention(query, key, value, pattern.mask, backend=backend)
-        if pattern.order is not None:
-            output = scatter_tokens(output, pattern.order)
-        return AttentionResult(output, pattern.density, backend)
+        return attend_pattern(query, key, value, pattern, self.parameters.backend)
+
+
+def attend_pattern(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: SparsePattern, backend: str
+) -> AttentionResult:
+    """Reorder the tokens, attend over the mask and restore the order.
+
+    Args:
+        query (Tensor): ``[B, Hq, Nq, D]``.
+        key (Tensor): ``[B, Hkv, Nk, D]``.
+        value (Tensor): ``[B, Hkv, Nk, D]``.
+        pattern (SparsePattern): mask and orders of this call.
+        backend (str): form of the block-sparse operator, as in `block_sparse_attention`.
+
+    Returns:
+        AttentionResult: output in the model's order.
+    """
+    backend = resolve_backend(query, pattern.mask, backend)
+    key_order = pattern.order if pattern.key_order is None else pattern.key_order
+    if pattern.order is not None:
+        query = gather_tokens(query, pattern.order)
+    if key_order is not None:
+        key, value = (gather_tokens(part, key_order) for part in (key, value))
+    output = block_sparse_attention(query, key, value, pattern.mask, backend=backend)
+    if pattern.order is not None:
+        output = scatter_tokens(output, pattern.order)
+    return AttentionResult(output, pattern.density, backend, pattern.shares)

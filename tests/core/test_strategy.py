@@ -125,6 +125,24 @@ def test_report_is_averaged_over_layers_and_steps():
     assert strategy.record.timed is False and report.attention_time_s is None
 
 
+def test_further_shares_are_reported_where_calls_gave_them():
+    class Shared(Half):
+        def attend(self, query, key, value, context):
+            share = torch.tensor(0.25 * (1 + context.step_index))
+            return super().attend(query, key, value, context)._replace(shares={"odd_heads": share})
+
+    strategy = Shared(dense_layers=1)
+    query, key, value = random_qkv(LAYOUT)
+    for layer in (0, 2):
+        for step in range(2):
+            strategy(query, key, value, AttentionContext(LAYOUT, layer, 3, step, 2))
+    report = strategy.report()
+    dense, _, sparse = report.shares_by_layer["odd_heads"]
+    assert all(value != value for value in dense) and sparse == [0.25, 0.5]
+    assert "odd_heads: 0.375, mean over 2 layers and steps" in str(report)
+    assert Half().report().shares_by_layer == {}
+
+
 def test_call_generator_depends_on_seed_layer_and_step_only():
     def draw(seed, layer, step):
         context = AttentionContext(LAYOUT, layer_index=layer, step_index=step)

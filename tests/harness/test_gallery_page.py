@@ -1,5 +1,6 @@
 """What the page says."""
 
+import dataclasses
 import re
 
 import pytest
@@ -55,6 +56,16 @@ def test_failed_job_leaves_a_gap_and_its_error():
     assert (tile["video"], tile["absent"], tile["facts"]) == (None, "did not finish", [])
     assert page["failures"][0]["error"] == "no memory"
     assert dict(page["provenance"])["Jobs"] == "6 of 7 finished"
+
+
+def test_a_further_share_has_a_map_of_its_own():
+    made = rows()
+    sparse = made[1]
+    made[1] = dataclasses.replace(sparse, shares_by_layer={"temporal_heads": [[None, 0.5], [0.25, 0.75]]})
+    maps = [entry for entry in describe_page(settings(), made)["maps"] if entry["label"] == sparse.label]
+    assert [(entry["figure"], entry["mean"]) for entry in maps][1:] == [("temporal heads", "50.0 %")]
+    assert maps[1]["alt"].startswith(f"Temporal heads of {sparse.label} for 2 layers and 2 steps")
+    assert maps[0]["figure"] == "density"
 
 
 def test_one_group_per_prompt_and_seed():

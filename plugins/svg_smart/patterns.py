@@ -1,0 +1,258 @@
+"""The spatial and the temporal pattern of a layout: token order, allowed pairs, executed blocks.
+
+Both patterns have the same form. In its order, a query sees the columns that are kept for everybody (text
+and, where wanted, frame 0) and one interval of its own; text queries see everything. Blocks are judged from
+counts of allowed pairs, without a token matrix.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from core.block_mask import BlockSparseMask, block_count
+from core.errors import ParameterError
+from core.layout import TokenLayout
+
+Keep = Literal["cover", "fraction"]
+
+FRACTION = 0.5  # share of allowed pairs from which a block is kept whole
+ROWS_PER_STRIP = 4096
+
+
+class TokenPattern(NamedTuple):
+    """Allowed pairs of one pattern, in places of its own order.
+
+    Args:
+        order (Tensor): ``[S]`` int64; place ``i`` holds token ``order[i]``.
+        always (Tensor): ``[S]`` bool, places that every query sees.
+        first (Tensor): ``[S]`` int64, start of each query's own interval.
+        end (Tensor): ``[S]`` int64, its end (exclusive).
+    """
+
+    order: torch.Tensor
+    always: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+
+    def pairs(self) -> int:
+        """Allowed (query, key) pairs."""
+        outside = _outside_before(self.always)
+        own = outside[self.end] - outside[self.first]
+        return int(self.always.sum()) * len(self.always) + int(own.sum())
+
+    def density(self) -> float:
+        """Allowed share of all pairs, 0 to 1, before rounding to blocks."""
+        return self.pairs() / len(self.always) ** 2
+
+    def allowed(self) -> torch.Tensor:
+        """``[S, S]`` bool. Quadratic memory: for tests and pictures."""
+        places = torch.arange(len(self.always))
+        inside = (places >= self.first[:, None]) & (places < self.end[:, None])
+        return self.always | inside
+
+
+class HeadPatterns(NamedTuple):
+    """What the two classes of heads execute; index 0 is spatial, 1 is temporal.
+
+    Args:
+        orders (Tensor): ``[2, S]`` int64, place -> token.
+        places (Tensor): ``[2, S]`` int64, token -> place.
+        blocks (Tensor): ``[2, Mq, Mk]`` bool, executed blocks.
+        masks (BlockSparseMask): the same as lists, batch dimension 1, head dimension 2.
+        densities (Tensor): ``[2]`` fp32, executed density.
+    """
+
+    orders: torch.Tensor
+    places: torch.Tensor
+    blocks: torch.Tensor
+    masks: BlockSparseMask
+    densities: torch.Tensor
+
+    def to(self, device: torch.device) -> "HeadPatterns":
+        """The same patterns on another device."""
+        return HeadPatterns(*(part.to(device) for part in self))
+
+
+def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int) -> list[TokenPattern]:
+    """The patterns of Sparse VideoGen (arXiv 2502.01776): one band in frame-major and in token-major order.
+
+    Each half-width is the largest multiple of ``block`` that keeps the allowed pairs within ``density``, at
+    least one block. With ``sink`` frame 0 is seen by all and stands in its own order before the token-major
+    rest, where its queries look at the same places of the other frames.
+
+    Args:
+        layout (TokenLayout): text and grid of the sequence.
+        density (float): largest share of allowed pairs, in (0, 1]; text and sink count.
+        sink (bool): every query sees frame 0.
+        block (int): tokens of a block.
+
+    Returns:
+        list[TokenPattern]: spatial, temporal.
+
+    Raises:
+        ParameterError: text, sink and the narrowest band alone pass ``density``, and there is more than one
+            block.
+    """
+    length = layout.sequence_length
+
+    def widest(pattern: Callable[[int], TokenPattern]) -> TokenPattern:
+        blocks = _last_true(block_count(length, block), lambda n: pattern(n * block).density() <= density)
+        if blocks == 0 and length > block:
+            least = pattern(block).density()
+            raise ParameterError(
+                f"density {density:g} is out of reach for {layout.describe()}: text, sink and a band of one "
+                f"block of {block} tokens make {least:.3f}; raise density or take smaller blocks"
+            )
+        return pattern(max(blocks, 1) * block)
+
+    return [widest(lambda width: _spatial_band(layout, width, sink)),
+            widest(lambda width: _temporal(layout, 1 - width, width, sink))]  # fmt: skip
+
+
+def frame_patterns(layout: TokenLayout, *, diagonal: int) -> list[TokenPattern]:
+    """The patterns of Smart attention: frames up to ``diagonal`` apart and frame 0, or as many places.
+
+    The temporal window is the narrowest that allows at least as many pairs as the spatial pattern.
+
+    Args:
+        layout (TokenLayout): text and grid of the sequence.
+        diagonal (int): largest distance of two frames, >= 0.
+
+    Returns:
+        list[TokenPattern]: spatial, temporal.
+    """
+    spatial = _neighbouring_frames(layout, diagonal)
+
+    def window(width: int) -> TokenPattern:
+        return _temporal(layout, -(width // 2), width - width // 2, sink=True)
+
+    wanted = spatial.pairs()
+    too_narrow = _last_true(layout.video_length * 2, lambda width: window(width).pairs() < wanted)
+    return [spatial, window(too_narrow + 1)]
+
+
+def head_patterns(
+    layout: TokenLayout, patterns: list[TokenPattern], *, block_size: tuple[int, int], keep: Keep
+) -> HeadPatterns:
+    """Round patterns to the blocks that are executed, on the CPU.
+
+    Kept whatever the patterns say: blocks that hold text and blocks on the diagonal.
+
+    Args:
+        layout (TokenLayout): text and grid of the sequence.
+        patterns (list[TokenPattern]): spatial, temporal.
+        block_size (tuple[int, int]): tokens of a (query block, key block).
+        keep (str): ``"cover"``, blocks with any allowed pair; ``"fraction"``, blocks with at least half of
+            their pairs allowed.
+    """
+    length = layout.sequence_length
+    forced = forced_blocks(layout, block_size, diagonal=True)
+    kept = []
+    for pattern in patterns:
+        share = allowed_shares(pattern, block_size)
+        kept.append(forced | (share > 0.0 if keep == "cover" else share >= FRACTION))
+    blocks = torch.stack(kept)
+    masks = BlockSparseMask.from_blocks(blocks, block_size, length, length)
+    widest = int(masks.counts.max())
+    masks = BlockSparseMask(
+        masks.counts, masks.indices[..., :widest].contiguous(), block_size, length, length
+    )
+    orders = torch.stack([pattern.order for pattern in patterns])
+    densities = [
+        float(BlockSparseMask.from_blocks(one, block_size, length, length).density()) for one in kept
+    ]
+    return HeadPatterns(orders, orders.argsort(-1), blocks, masks, torch.tensor(densities))
+
+
+def forced_blocks(layout: TokenLayout, block_size: tuple[int, int], *, diagonal: bool) -> torch.Tensor:
+    """Blocks that hold text and, with ``diagonal``, those on the diagonal: ``[Mq, Mk]`` bool."""
+    length = layout.sequence_length
+    row, column = (torch.arange(block_count(length, size)) * size for size in block_size)
+    on_diagonal = (row[:, None] < column + block_size[1]) & (column < row[:, None] + block_size[0])
+    forced = on_diagonal & diagonal
+    if layout.text_length:
+        text = layout.text_slice
+        forced |= ((row < text.stop) & (row + block_size[0] > text.start))[:, None]
+        forced |= (column < text.stop) & (column + block_size[1] > text.start)
+    return forced
+
+
+def allowed_shares(pattern: TokenPattern, block_size: tuple[int, int]) -> torch.Tensor:
+    """Share of allowed pairs in every block, ``[Mq, Mk]`` fp64."""
+    length = len(pattern.always)
+    starts = torch.arange(0, length, block_size[1])
+    ends = (starts + block_size[1]).clamp(max=length)
+    outside = _outside_before(pattern.always)
+    always = (ends - starts) - (outside[ends] - outside[starts])
+    shares = []
+    step = max(1, ROWS_PER_STRIP // block_size[0]) * block_size[0]
+    for row in range(0, length, step):
+        first, end = (part[row : row + step, None] for part in (pattern.first, pattern.end))
+        low, high = torch.maximum(first, starts), torch.minimum(end, ends)
+        own = (outside[torch.maximum(high, low)] - outside[low]).to(torch.float64)
+        pairs = F.pad((own + always).T, (0, -own.shape[0] % block_size[0]))  # [Mk, rows]
+        shares.append(pairs.unflatten(1, (-1, block_size[0])).sum(-1).T)
+    rows = (length - torch.arange(0, length, block_size[0])).clamp(max=block_size[0])
+    return torch.cat(shares) / (rows[:, None] * (ends - starts))
+
+
+def _spatial_band(layout: TokenLayout, width: int, sink: bool) -> TokenPattern:
+    """``|i - j| < width`` in the model's order."""
+    places = torch.arange(layout.sequence_length)
+    return _with_text(layout, places, _seen_by_all(layout, sink), places - width + 1, places + width)
+
+
+def _neighbouring_frames(layout: TokenLayout, diagonal: int) -> TokenPattern:
+    frame, size = layout.token_frames(), layout.tokens_per_frame
+    first = layout.video_start + (frame - diagonal).clamp(min=0) * size
+    end = layout.video_start + (frame + diagonal + 1).clamp(max=layout.frames) * size
+    return _with_text(layout, torch.arange(layout.sequence_length), _seen_by_all(layout, True), first, end)
+
+
+def _temporal(layout: TokenLayout, below: int, above: int, sink: bool) -> TokenPattern:
+    """Token-major order; a query sees the places from ``below`` to ``above`` (exclusive) around its own.
+
+    With ``sink`` frame 0 stands first in its own order, and a query of frame 0 is taken to stand where its
+    place begins among the other frames.
+    """
+    size, start = layout.tokens_per_frame, layout.video_start
+    apart = size if sink else 0  # tokens of frame 0 that stand before the token-major rest
+    rest = torch.arange(apart, layout.video_length).view(-1, size).T.flatten()
+    order = torch.arange(layout.sequence_length)
+    order[layout.video_slice] = start + torch.cat([torch.arange(apart), rest])
+    centre = torch.arange(layout.sequence_length)
+    centre[start : start + apart] = start + apart + torch.arange(apart) * (layout.frames - 1)
+    return _with_text(layout, order, _seen_by_all(layout, sink), centre + below, centre + above)
+
+
+def _seen_by_all(layout: TokenLayout, sink: bool) -> torch.Tensor:
+    always = torch.zeros(layout.sequence_length, dtype=torch.bool)
+    always[layout.text_slice] = True
+    always[layout.video_start : layout.video_start + sink * layout.tokens_per_frame] = True
+    return always
+
+
+def _with_text(
+    layout: TokenLayout, order: torch.Tensor, always: torch.Tensor, first: torch.Tensor, end: torch.Tensor
+) -> TokenPattern:
+    """The pattern whose text queries see everything, with intervals cut to the sequence."""
+    length = layout.sequence_length
+    first, end = first.clamp(0, length), end.clamp(0, length)
+    first[layout.text_slice], end[layout.text_slice] = 0, length
+    return TokenPattern(order, always, first, end)
+
+
+def _outside_before(always: torch.Tensor) -> torch.Tensor:
+    """Number of places before each place that are not in ``always``, ``[S + 1]`` int64."""
+    return F.pad((~always).long().cumsum(0), (1, 0))
+
+
+def _last_true(largest: int, holds: Callable[[int], bool]) -> int:
+    """The largest ``n`` in 1 to ``largest`` that ``holds`` is true for, 0 if none; true ones come first."""
+    low, high = 0, largest
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

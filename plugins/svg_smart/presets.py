@@ -1,0 +1,49 @@
+"""Named parameter sets of svg-smart."""
+
+from core.extensions import Preset
+
+PRESETS = (
+    Preset(
+        "svg-smart",
+        "cogvideox",
+        {"variant": "band", "density": 0.25, "dense_layers": 2, "dense_timesteps": 10},
+        "CogVideoX, 50 steps: Sparse VideoGen's published density, its first layers and first fifth dense.",
+    ),
+    Preset(
+        "svg-smart",
+        "hunyuan",
+        {"variant": "band", "density": 0.25, "sampled_rows": 64, "dense_layers": 2, "dense_timesteps": 5},
+        "HunyuanVideo, 50 steps: 64 sampled rows, the first tenth of the steps dense.",
+    ),
+    Preset(
+        "svg-smart",
+        "wan",
+        {
+            "variant": "band",
+            "density": 0.3,
+            "sink": True,
+            "sampled_rows": 64,
+            "dense_layers": 1,
+            "dense_timesteps": 10,
+        },
+        "Wan2.1, 50 steps: density 0.3 with frame 0 for all, the first fifth of the steps dense.",
+    ),
+    Preset(
+        "svg-smart",
+        "smart",
+        {"variant": "frames", "diagonal": 1, "sampled_rows": 64},
+        "Smart attention: neighbouring frames and frame 0, no warm-up, 64 to 70 % fewer pairs.",
+    ),
+    Preset(
+        "svg-smart",
+        "semantic",
+        {"variant": "semantic", "mass": 0.9, "least_share": 0.1, "dense_timesteps": 15},
+        "SVG2 with the paper's 100 and 500 clusters; the first 30 % of 50 steps dense.",
+    ),
+    Preset(
+        "svg-smart",
+        "demo",
+        {"variant": "band", "density": 0.4, "block_size": 64, "dense_layers": 1, "dense_timesteps": 2},
+        "The demo model (17 frames of 240 tokens, 8 layers, 8 steps): blocks of 64 for its small frames.",
+    ),
+)

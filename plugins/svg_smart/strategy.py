@@ -1,0 +1,188 @@
+"""SvgSmartStrategy: every head runs the spatial or the temporal pattern, whichever suits it better."""
+
+from collections.abc import Hashable
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+
+from core.block_mask import BlockSparseMask
+from core.context import AttentionContext
+from core.layout import TokenLayout
+from core.strategy import AttentionResult, AttentionStrategy, Capabilities, dense_result
+from kernels_common.strategy import BlockSparseParameters, SparsePattern, attend_pattern
+from plugins.svg_smart.patterns import HeadPatterns, band_patterns, frame_patterns, head_patterns
+from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
+from plugins.svg_smart.semantic import Centroids, ClusterOptions, semantic_pattern
+
+
+class SvgSmartParameters(BlockSparseParameters):
+    """Parameters of `SvgSmartStrategy`.
+
+    Args:
+        variant (str): ``"band"``, a diagonal band in frame-major or token-major order (Sparse VideoGen);
+            ``"frames"``, the nearest frames and frame 0, or as many places (Smart attention);
+            ``"semantic"``, clusters of similar tokens (SVG2). Default: ``"band"``
+        density (float): ``"band"``: largest share of allowed pairs, in (0, 1], text and sink counted. The
+            executed density differs by the rounding to blocks. Default: 0.25
+        sink (bool): ``"band"``: every query sees frame 0. Default: False
+        diagonal (int): ``"frames"``: largest distance of two frames that see each other. Default: 1
+        keep (str): blocks that stay: ``"fraction"``, those with at least half of their pairs allowed;
+            ``"cover"``, those with any; not read by ``"semantic"``. Default: ``"fraction"``
+        sampled_rows (int): query rows by which a head is judged, 1 to 128. Default: 32
+        refresh_every (int): steps between two judgements of a layer's heads. Default: 1
+        share_batch (bool): one decision per head for the whole batch (both halves of classifier-free
+            guidance). Default: False
+        query_clusters (int): ``"semantic"``: clusters of queries. Default: 100
+        key_clusters (int): ``"semantic"``: clusters of keys. Default: 500
+        mass (float): ``"semantic"``: estimated share of attention to keep, in (0, 1]. Default: 0.9
+        least_share (float): ``"semantic"``: smallest share of key clusters to keep. Default: 0.1
+        first_iterations (int): ``"semantic"``: k-means updates of a layer's first step. Default: 50
+        iterations (int): ``"semantic"``: updates of later steps, from the last centroids. Default: 2
+        seed (int): seed of sampled rows and of the first centroids. Default: 0
+    """
+
+    variant: Literal["band", "frames", "semantic"] = Field("band", description="kind of pattern")
+    density: float = Field(0.25, gt=0, le=1, description="band: largest share of allowed pairs")
+    sink: bool = Field(False, description="band: every query sees frame 0")
+    diagonal: int = Field(1, ge=0, description="frames: largest distance of frames that see each other")
+    keep: Literal["fraction", "cover"] = Field("fraction", description="blocks that stay")
+    sampled_rows: int = Field(32, ge=1, le=128, description="query rows by which a head is judged")
+    refresh_every: int = Field(1, ge=1, description="steps between two judgements of a layer's heads")
+    share_batch: bool = Field(False, description="one decision per head for the whole batch")
+    query_clusters: int = Field(100, ge=1, description="semantic: clusters of queries")
+    key_clusters: int = Field(500, ge=1, description="semantic: clusters of keys")
+    mass: float = Field(0.9, gt=0, le=1, description="semantic: estimated share of attention to keep")
+    least_share: float = Field(0.1, ge=0, le=1, description="semantic: smallest share of key clusters")
+    first_iterations: int = Field(50, ge=0, description="semantic: k-means updates of the first step")
+    iterations: int = Field(2, ge=0, description="semantic: k-means updates of later steps")
+    seed: int = Field(0, ge=0, description="seed of sampled rows and first centroids")
+
+    @model_validator(mode="after")
+    def _check_variant(self) -> "SvgSmartParameters":
+        if self.variant == "semantic" and self.refresh_every > 1:
+            raise ValueError("refresh_every belongs to the variants band and frames; leave it at 1")
+        return self
+
+
+class HeadClasses(NamedTuple):
+    """Decision of one layer: step of the judgement, and ``[B, H]`` int64, 0 spatial and 1 temporal."""
+
+    step: int
+    classes: torch.Tensor
+
+
+class SvgSmartStrategy(AttentionStrategy):
+    """Sparse VideoGen and Smart attention: a spatial or a temporal pattern for each head, chosen online."""
+
+    name: ClassVar[str] = "svg-smart"
+    Parameters: ClassVar[type[SvgSmartParameters]] = SvgSmartParameters
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(self, **parameters: object) -> None:
+        super().__init__(**parameters)
+        self._classes: dict[Hashable, HeadClasses] = {}
+        self._centroids: dict[Hashable, Centroids] = {}
+
+    def reset(self) -> None:
+        """Forget the decisions and the centroids of all layers."""
+        self._classes.clear()
+        self._centroids.clear()
+
+    def plan(
+        self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> HeadPatterns:
+        """Orders and masks of both classes of heads.
+
+        Raises:
+            ParameterError: the density cannot be met with this layout.
+        """
+        options = self.parameters
+        if options.variant == "band":
+            patterns = band_patterns(
+                layout, density=options.density, sink=options.sink, block=options.block_size
+            )
+        else:
+            patterns = frame_patterns(layout, diagonal=options.diagonal)
+        size = (options.block_size, options.block_size)
+        return head_patterns(layout, patterns, block_size=size, keep=options.keep).to(device)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+    ) -> AttentionResult:
+        """Attention by the pattern of each head; dense for a single frame, which has no such choice."""
+        if context.layout.frames == 1:
+            return dense_result(query, key, value)
+        if self.parameters.variant == "semantic":
+            pattern = self._semantic_pattern(query, key, context)
+        else:
+            classes = self._head_classes(query, key, value, context)
+            pattern = select_patterns(self.planned(query, context), classes)
+        return attend_pattern(query, key, value, pattern, self.parameters.backend)
+
+    def _head_classes(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """The decision for this call, ``[B, H]`` int64: a recent one of the layer, or a new one."""
+        place = (context.layer_index, context.branch, query.shape[:2], context.layout)
+        known = self._classes.get(place)
+        if (
+            known is not None
+            and known.step <= context.step_index < known.step + self.parameters.refresh_every
+        ):
+            return known.classes
+        rows = sample_rows(self.parameters.sampled_rows, self.parameters.seed, context, query.device)
+        allowed = allowed_keys(self.planned(query, context), rows)
+        errors = pattern_errors(query, key, value, rows, allowed)
+        if self.parameters.share_batch:
+            errors = errors.mean(1, keepdim=True).expand_as(errors)
+        classes = (errors[1] < errors[0]).long()
+        if self.parameters.refresh_every > 1:
+            self._classes[place] = HeadClasses(context.step_index, classes)
+        return classes
+
+    def _semantic_pattern(
+        self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext
+    ) -> SparsePattern:
+        options = self.parameters
+        place = (context.layer_index, context.branch, query.shape[:2], context.layout)
+        numbers = ClusterOptions(
+            query_clusters=options.query_clusters,
+            key_clusters=options.key_clusters,
+            mass=options.mass,
+            least_share=options.least_share,
+            first_iterations=options.first_iterations,
+            iterations=options.iterations,
+            seed=options.seed,
+        )
+        size = (options.block_size, options.block_size)
+        known = self._centroids.get(place)
+        previous = known if known is not None and known.step < context.step_index else None
+        pattern, self._centroids[place] = semantic_pattern(query, key, context, numbers, size, previous)
+        return pattern
+
+
+def select_patterns(patterns: HeadPatterns, classes: torch.Tensor) -> SparsePattern:
+    """Order and mask of every head by its class.
+
+    Args:
+        patterns (HeadPatterns): what the two classes execute.
+        classes (Tensor): ``[B, H]`` int64, 0 spatial and 1 temporal.
+
+    Returns:
+        SparsePattern: with the share of temporal heads as a further figure.
+    """
+    masks = patterns.masks
+    mask = BlockSparseMask(
+        masks.counts[0][classes],
+        masks.indices[0][classes],
+        masks.block_size,
+        masks.query_length,
+        masks.key_length,
+    )
+    shares = {"temporal_heads": classes.float().mean()}
+    return SparsePattern(mask, patterns.densities[classes].mean(), patterns.orders[classes], shares=shares)

@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from core import AttentionContext, TokenLayout
+from core.testing import dense_fp64, random_qkv
+from plugins.svg_smart.patterns import band_patterns, frame_patterns, head_patterns
+from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
+from plugins.svg_smart.reference import attention_reference
+
+LAYOUT = TokenLayout(6, 6, 4, 8)
+
+
+def plan(layout=LAYOUT, diagonal=0, block=16):
+    return head_patterns(
+        layout, frame_patterns(layout, diagonal=diagonal), block_size=(block, block), keep="fraction"
+    )
+
+
+def executed_pairs(patterns, index):
+    """Pairs of the executed blocks in the model's order, ``[S, S]`` bool."""
+    order = patterns.orders[index]
+    pairs = torch.empty(len(order), len(order), dtype=torch.bool)
+    pairs[order[:, None], order] = patterns.masks.to_dense()[0, index]
+    return pairs
+
+
+def test_allowed_keys_are_the_executed_blocks():
+    patterns, rows = plan(), torch.tensor([6, 50, 197, 50])
+    allowed = allowed_keys(patterns, rows)
+    for index in range(2):
+        assert torch.equal(allowed[index], executed_pairs(patterns, index)[rows])
+
+
+def test_errors_over_all_rows_are_the_exhaustive_error():
+    query, key, value = random_qkv(LAYOUT, heads=3)
+    patterns, rows = plan(), torch.arange(LAYOUT.sequence_length)
+    errors = pattern_errors(query, key, value, rows, allowed_keys(patterns, rows))
+    exact = dense_fp64(query, key, value)
+    for index in range(2):
+        output = attention_reference(query, key, value, executed_pairs(patterns, index))
+        expected = (output - exact).square().mean((-1, -2))
+        assert (expected > 1e-4).all() and torch.allclose(errors[index].double(), expected, rtol=1e-4)
+
+
+def test_the_batch_is_judged_entry_by_entry():
+    first, second = random_qkv(LAYOUT), [part * 2 for part in random_qkv(LAYOUT)]
+    both = [torch.cat(pair) for pair in zip(first, second, strict=True)]
+    rows = sample_rows(8, 0, AttentionContext(LAYOUT), torch.device("cpu"))
+    allowed = allowed_keys(plan(), rows)
+    together = pattern_errors(*both, rows, allowed)
+    for entry, alone in enumerate((first, second)):
+        one = pattern_errors(*alone, rows, allowed)
+        assert torch.allclose(together[:, entry], one[:, 0], rtol=1e-5)
+
+
+def test_full_patterns_have_no_error():
+    query, key, value = random_qkv(LAYOUT)
+    full = head_patterns(
+        LAYOUT,
+        band_patterns(LAYOUT, density=1.0, sink=False, block=16),
+        block_size=(16, 16),
+        keep="fraction",
+    )
+    rows = torch.arange(0, LAYOUT.sequence_length, 5)
+    assert pattern_errors(query, key, value, rows, allowed_keys(full, rows)).max() == 0
+
+
+def test_rows_are_video_tokens_and_repeat():
+    for layout in (LAYOUT, TokenLayout(50, 2, 1, 3, text_first=False)):
+        drawn = [
+            sample_rows(64, 3, AttentionContext(layout, layer, 4, step), torch.device("cpu"))
+            for layer in range(2)
+            for step in (0, 0, 1)
+        ]
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        assert not torch.equal(drawn[0], drawn[3])
+        for rows in drawn:
+            assert (rows >= layout.video_start).all()
+            assert (rows < layout.video_start + layout.video_length).all()
+
+
+@pytest.mark.parametrize("temporal", [False, True], ids=["spatial", "temporal"])
+def test_planted_heads_are_recognised(temporal):
+    """Keys share a code with queries of the same frame (spatial) or of the same place (temporal)."""
+    layout = TokenLayout(4, 8, 4, 8)
+    patterns = head_patterns(
+        layout,
+        frame_patterns(layout, diagonal=0),
+        block_size=(16, 16),
+        keep="fraction",
+    )
+    group = layout.token_places() if temporal else layout.token_frames()
+    wrong = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randn(int(group.max()) + 2, 64, generator=generator)
+        code = codes[group]
+        noise = [torch.randn(1, 1, layout.sequence_length, 64, generator=generator) for _ in range(3)]
+        query, key = (3 * code + 0.5 * part for part in noise[:2])
+        context = AttentionContext(layout, step_index=seed)
+        rows = sample_rows(32, seed, context, torch.device("cpu"))
+        errors = pattern_errors(query, key, noise[2], rows, allowed_keys(patterns, rows))
+        wrong += int((errors[1] < errors[0]).item() != temporal)
+    assert wrong <= 1  # over 99 % right
+
+
+@pytest.mark.parametrize("rows_count, dim", [(1, 64), (40, 48)])
+def test_kernel_equals_the_chunks_in_fp32(rows_count, dim):
+    _compare_forms(rows_count, dim, torch.float32, 2e-3)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device (bf16 is wrong in the interpreter)"
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernel_equals_the_chunks_in_bf16(dim):
+    _compare_forms(32, dim, torch.bfloat16, 3e-2)
+
+
+def _compare_forms(rows_count, dim, dtype, tolerance):
+    kernels = pytest.importorskip("plugins.svg_smart.kernels", reason="needs triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = [part.to(device, dtype) for part in random_qkv(LAYOUT, heads=3, head_dim=dim)]
+    rows = sample_rows(rows_count, 0, AttentionContext(LAYOUT), device)
+    allowed = allowed_keys(plan().to(device), rows)
+    exact, *outputs = kernels.sampled_outputs(*parts, rows, allowed)
+    expected = dense_fp64(*parts)[:, :, rows]
+    assert (exact - expected).norm() <= tolerance * expected.norm()
+    for output, pairs in zip(outputs, allowed, strict=True):
+        full = attention_reference(parts[0][:, :, rows], parts[1], parts[2], pairs)
+        assert (output - full).norm() <= tolerance * full.norm()
+        assert (full - expected).norm() > 10 * tolerance * expected.norm()
