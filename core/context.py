@@ -21,6 +21,7 @@ class AttentionContext:
         timestep (float, Optional): the scheduler's timestep (in its own units, usually 0 to 1000).
         branch (str): ``"cond"``, ``"uncond"`` or ``"both"`` (one batch holds the two halves of
             classifier-free guidance, or guidance is off). Default: ``"both"``
+        causal (bool): no query sees a later key (language models). Default: False
     """
 
     layout: TokenLayout
@@ -30,6 +31,7 @@ class AttentionContext:
     num_steps: int | None = None
     timestep: float | None = None
     branch: Branch = "both"
+    causal: bool = False
 
     def at_layer(self, layer_index: int) -> "AttentionContext":
         """The same call facts at another layer."""

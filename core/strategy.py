@@ -46,7 +46,7 @@ class Capabilities:
 
     Args:
         cross_attention (bool): queries and keys may have different lengths. Default: False
-        causal (bool): can be told to attend causally. Default: False
+        causal (bool): follows a causal context. Default: False
         gqa (bool): fewer key heads than query heads. Default: False
         backward (bool): gradients flow to query, key and value. Default: False
         returns_lse (bool): can return the log-sum-exp of each row. Default: False
@@ -68,7 +68,8 @@ class Capabilities:
 class AttentionStrategy(ABC):
     """One configured attention method.
 
-    A method sets ``name``, ``Parameters`` and ``capabilities`` and writes `attend`; dense warm-up,
+    A method sets ``name``, ``Parameters`` and ``capabilities`` (and ``tunable``, if a `Calibration` can set
+    its parameters per head) and writes `attend`; dense warm-up,
     the guard against non-finite outputs and the recording of what ran are the same for all and
     live in `__call__`. State between calls belongs to the instance, keyed by layer, and is dropped
     by `reset`.
@@ -83,6 +84,8 @@ class AttentionStrategy(ABC):
     name: ClassVar[str]
     Parameters: ClassVar[type[StrategyParameters]] = StrategyParameters
     capabilities: ClassVar[Capabilities] = Capabilities()
+    # Parameters that can be calibrated per layer and head, each with values to try in rising cost.
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = MappingProxyType({})
 
     def __init__(self, **parameters: Any) -> None:
         self.parameters: Any = self.Parameters.build(self.name, parameters)
@@ -169,7 +172,7 @@ class AttentionStrategy(ABC):
         stopwatch = self.record.start(query.device)
         dense_reason = self._warm_up_reason(context)
         if dense_reason:
-            result = dense_result(query, key, value)
+            result = dense_result(query, key, value, causal=context.causal)
         else:
             result = self.attend(query, key, value, context)
             if self._is_broken(result.output, context):
@@ -214,7 +217,7 @@ class AttentionStrategy(ABC):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> tuple[AttentionResult, str]:
         logger.warning("%s: non-finite output at %s; repeated dense", self.name, context.describe())
-        result = dense_result(query, key, value)
+        result = dense_result(query, key, value, causal=context.causal)
         if not bool(torch.isfinite(result.output).all()):
             self._raise_broken(context, " with dense attention too: query, key or value are not finite")
         return result, "non-finite output"
@@ -237,12 +240,13 @@ class AttentionStrategy(ABC):
             raise LayoutError(
                 f"the layout has {context.layout.describe()}, but query has {query.shape[2]} tokens"
             )
-        self._check_supported(query, key)
+        self._check_supported(query, key, context)
 
-    def _check_supported(self, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
         can = self.capabilities
         checks = (
             (can.cross_attention or query.shape[2] == key.shape[2], "different query and key lengths"),
+            (can.causal or not context.causal, "causal attention"),
             (can.gqa or query.shape[1] == key.shape[1], "fewer key heads than query heads (GQA)"),
             (key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0, "Hq that is no multiple of Hkv"),
             (query.device.type in can.devices, f"device {query.device.type} (has {', '.join(can.devices)})"),
@@ -258,7 +262,10 @@ class AttentionStrategy(ABC):
             )
 
 
-def dense_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionResult:
+def dense_result(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = False
+) -> AttentionResult:
     """Dense attention by the fastest exact kernel of the device, as an `AttentionResult`."""
-    backend = resolve_dense_backend(query, key, value)
-    return AttentionResult(attention(query, key, value, backend=backend), 1.0, f"dense-{backend}")
+    backend = resolve_dense_backend(query, key, value, causal=causal)
+    output = attention(query, key, value, causal=causal, backend=backend)
+    return AttentionResult(output, 1.0, f"dense-{backend}")

@@ -144,6 +144,27 @@ class StrategyConformance:
                 assert abs(counted - density) < 1e-6, f"{layout.describe()}: {density} != {counted}"
                 assert torch.allclose(weights.sum(-1), torch.ones_like(weights[..., 0]), atol=1e-5)
 
+    def test_gradients_are_those_of_the_executed_weights(self) -> None:
+        if not (self.strategy.capabilities.backward and self.keeps_tokens):
+            return
+        layout = LAYOUTS[0]
+        query, key, value = self.inputs(layout)
+        context = AttentionContext(layout)
+        strategy = self.make()
+        inputs = [part.clone().requires_grad_() for part in (query, key, value)]
+        slope = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query.device)
+        output = strategy(*inputs, context)
+        gradients = torch.autograd.grad((output * slope).sum(), inputs)
+        weights = executed_weights(strategy, query, key, context).double()
+        # Softmax attention over the executed pairs, differentiated by hand.
+        slopes = slope.double() @ value.double().transpose(2, 3)
+        scores = weights * (slopes - (slopes * weights).sum(-1, keepdim=True)) * query.shape[-1] ** -0.5
+        expected = (scores @ key.double(), scores.transpose(2, 3) @ query.double())
+        for gradient, wanted in zip(
+            gradients, (*expected, weights.transpose(2, 3) @ slope.double()), strict=True
+        ):
+            assert (gradient - wanted).norm() <= 1e-4 * wanted.norm()
+
     def test_is_deterministic(self) -> None:
         context = AttentionContext(LAYOUTS[0], layer_index=1, num_layers=3, step_index=2, num_steps=4)
         query, key, value = self.inputs(LAYOUTS[0])

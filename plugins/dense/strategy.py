@@ -1,4 +1,4 @@
-"""DenseStrategy: exact attention by the fastest kernel of the device."""
+"""DenseStrategy: attention to every key, by the fastest exact kernel of the device or one that is named."""
 
 from typing import ClassVar, Literal
 
@@ -17,10 +17,14 @@ class DenseParameters(StrategyParameters):
     Args:
         backend (str): ``"auto"`` takes the fastest exact kernel of the device; ``"sdpa"`` makes
             exactly the call that diffusers makes, so that the video is bit-identical to the untouched
-            pipeline's on every device (on a CPU both are the same call). Default: ``"auto"``
+            pipeline's on every device (on a CPU both are the same call); ``"cudnn"`` and ``"flash"`` are
+            torch's kernels, ``"flash4"``, ``"flash3"`` and ``"flash2"`` the FlashAttention packages and
+            ``"sage"`` SageAttention, in 8 bits and thus not exact. Default: ``"auto"``
     """
 
-    backend: Literal["auto", "sdpa", "cudnn", "flash"] = Field("auto", description="dense attention kernel")
+    backend: Literal["auto", "sdpa", "cudnn", "flash", "flash4", "flash3", "flash2", "sage"] = Field(
+        "auto", description="dense attention kernel"
+    )
 
 
 class DenseStrategy(AttentionStrategy):
@@ -28,7 +32,9 @@ class DenseStrategy(AttentionStrategy):
 
     name: ClassVar[str] = "dense"
     Parameters: ClassVar[type[DenseParameters]] = DenseParameters
-    capabilities: ClassVar[Capabilities] = Capabilities(cross_attention=True, gqa=True, backward=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cross_attention=True, causal=True, gqa=True, backward=True
+    )
 
     def attend(
         self,
@@ -39,6 +45,6 @@ class DenseStrategy(AttentionStrategy):
     ) -> AttentionResult:
         backend = self.parameters.backend
         if backend == "auto":
-            backend = resolve_dense_backend(query, key, value)
-        output = attention(query, key, value, backend=backend)
+            backend = resolve_dense_backend(query, key, value, causal=context.causal)
+        output = attention(query, key, value, causal=context.causal, backend=backend)
         return AttentionResult(output, 1.0, f"dense-{backend}")

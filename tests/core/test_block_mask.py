@@ -43,6 +43,30 @@ def test_garbage_past_the_count_is_never_read():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transposed_lists_name_the_query_blocks_of_every_key_block(shape):
+    blocks = random_blocks(*shape)
+    mask = BlockSparseMask.from_blocks(blocks, *shape)
+    listed = torch.arange(mask.indices.shape[-1]) < mask.counts[..., None]
+    mask = BlockSparseMask(mask.counts, mask.indices.masked_fill(~listed, 2**30), *shape)
+    transposed = mask.transposed()
+    transposed.check()
+    assert transposed.block_size == shape[0][::-1]
+    assert (transposed.query_length, transposed.key_length) == shape[:0:-1]
+    assert torch.equal(transposed.to_dense(), mask.to_dense().mT)
+    assert torch.equal(transposed.transposed().to_blocks(), blocks)
+
+
+def test_transposing_narrow_shared_and_empty_lists():
+    counts = torch.tensor([[[1, 0]]], dtype=torch.int32)
+    indices = torch.tensor([[[[2], [9]]]], dtype=torch.int32)
+    transposed = BlockSparseMask(counts, indices, (64, 64), 100, 180).transposed()
+    assert transposed.counts.tolist() == [[[0, 0, 1]]]
+    assert transposed.indices[0, 0, 2, 0] == 0
+    nothing = BlockSparseMask(counts * 0, indices[..., :0], (64, 64), 100, 180).transposed()
+    assert not nothing.counts.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flex_round_trip(shape):
     blocks = random_blocks(*shape)
     flex = BlockSparseMask.from_blocks(blocks, *shape).to_flex()

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from core import TokenLayout, UnsupportedCallError, attention
 from core.dense import resolve_dense_backend
+from core.dense_packages import PACKAGES
 from core.testing import dense_fp64, random_qkv
 
 
@@ -31,10 +32,28 @@ def test_unknown_backend():
         attention(*random_qkv(TokenLayout(0, 1, 2, 2)), backend="fast")
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_a_kernel_that_cannot_take_the_call_is_an_error(backend):
+    with pytest.raises(UnsupportedCallError, match=f"'{backend}' needs a CUDA device"):
+        attention(*random_qkv(TokenLayout(0, 1, 2, 2)), backend=backend)
+    if torch.cuda.is_available():
+        with pytest.raises(UnsupportedCallError, match=f"'{backend}' does not support torch.float64"):
+            doubles = random_qkv(TokenLayout(0, 1, 2, 2), dtype=torch.float64, device="cuda")
+            attention(*doubles, backend=backend)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_backends_agree():
     qkv = random_qkv(TokenLayout(226, 3, 10, 15), heads=4, dtype=torch.bfloat16, device="cuda")
     expected = dense_fp64(*qkv)
     for backend in ("auto", "sdpa", "cudnn", "flash"):
         error = (attention(*qkv, backend=backend) - expected).norm() / expected.norm()
-        assert error < 5e-3, backend
+        assert error < 2.0**-8, backend
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_and_other_head_dims_stay_with_torch():
+    query, key, value = random_qkv(TokenLayout(0, 2, 8, 8), dtype=torch.bfloat16, device="cuda")
+    assert resolve_dense_backend(query.requires_grad_(), key, value) not in PACKAGES
+    attention(query, key, value).sum().backward()
+    assert torch.isfinite(query.grad).all()
