@@ -1,43 +1,125 @@
 """Reordering of tokens along the sequence dimension."""
 
+from typing import TypeVar
+
 import torch
 
+from core.errors import LayoutError
+from kernels_common.triton_choice import runs_triton
 
-def gather_tokens(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+Tokens = TypeVar("Tokens", torch.Tensor, tuple[torch.Tensor, ...])
+
+
+def gather_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
     """Tokens in the order of ``order``: ``result[..., i, :] = tensor[..., order[i], :]``.
 
+    Several tensors, such as query, key and value, are moved together: that is one launch on a GPU.
+
     Args:
-        tensor (Tensor): ``[B, H, S, D]``.
+        tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each; tensors of a tuple may differ in H and
+            strides only.
         order (Tensor): int64 token indices, ``[N]`` for all heads alike or ``[B or 1, H or 1, N]``; N may
-            differ from S.
+            differ from S. The indices are trusted.
 
     Returns:
-        Tensor: ``[B, H, N, D]``.
+        Tensor or tuple[Tensor, ...]: ``[B, H, N, D]`` each, contiguous.
+
+    Raises:
+        LayoutError: shapes, dtypes or devices do not fit together.
     """
-    if order.dim() == 1:
-        return tensor.index_select(2, order)
-    return tensor.gather(2, _expand(order, tensor))
+    sources = _check(tokens, order)
+    if _moves_by_triton(sources):
+        count = order.shape[-1]
+        results = tuple(part.new_empty(*part.shape[:2], count, part.shape[3]) for part in sources)
+        _move(sources, results, order, scatter=False)
+    elif order.dim() == 1:
+        results = tuple(part.index_select(2, order) for part in sources)
+    else:
+        results = tuple(part.gather(2, _expand(order, part)) for part in sources)
+    return results if isinstance(tokens, tuple) else results[0]
 
 
-def scatter_tokens(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
     """What :func:`gather_tokens` undid: ``result[..., order[i], :] = tensor[..., i, :]``.
 
     Args:
-        tensor (Tensor): ``[B, H, S, D]``.
-        order (Tensor): permutation of 0 to S - 1, ``[S]`` or ``[B or 1, H or 1, S]`` int64.
+        tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each; tensors of a tuple may differ in H and
+            strides only.
+        order (Tensor): permutation of 0 to S - 1, ``[S]`` or ``[B or 1, H or 1, S]`` int64. It is trusted.
 
     Returns:
-        Tensor: ``[B, H, S, D]``.
+        Tensor or tuple[Tensor, ...]: ``[B, H, S, D]`` each, in the memory order of its source.
+
+    Raises:
+        LayoutError: shapes, dtypes or devices do not fit together.
     """
-    if order.dim() == 1:
-        return torch.empty_like(tensor).index_copy_(2, order, tensor)
-    return torch.empty_like(tensor).scatter_(2, _expand(order, tensor), tensor)
+    sources = _check(tokens, order)
+    if order.shape[-1] != sources[0].shape[2]:
+        raise LayoutError(
+            f"a permutation of {sources[0].shape[2]} tokens must list each once, "
+            f"got {order.shape[-1]} indices"
+        )
+    results = tuple(torch.empty_like(part) for part in sources)
+    if _moves_by_triton(sources):
+        _move(sources, results, order, scatter=True)
+    elif order.dim() == 1:
+        results = tuple(
+            target.index_copy_(2, order, part) for part, target in zip(sources, results, strict=True)
+        )
+    else:
+        results = tuple(
+            target.scatter_(2, _expand(order, part), part)
+            for part, target in zip(sources, results, strict=True)
+        )
+    return results if isinstance(tokens, tuple) else results[0]
 
 
 def invert_permutation(order: torch.Tensor) -> torch.Tensor:
     """The permutation that undoes ``order``, ``[..., S]`` int64, in linear time."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _check(tokens: torch.Tensor | tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as a tuple."""
+    sources = tokens if isinstance(tokens, tuple) else (tokens,)
+    first = sources[0]
+    for part in sources:
+        alike = (part.dtype, part.device, part.shape[0], part.shape[2:]) == (
+            first.dtype, first.device, first.shape[0], first.shape[2:]
+        )  # fmt: skip
+        if part.dim() != 4 or not alike:
+            raise LayoutError(
+                "tokens must be [B, H, S, D], alike but for H; got "
+                + ", ".join(f"{other.dtype} {tuple(other.shape)} on {other.device}" for other in sources)
+            )
+        per_head = (
+            order.dim() == 3 and order.shape[0] in (1, part.shape[0]) and order.shape[1] in (1, part.shape[1])
+        )
+        if order.dtype != torch.int64 or order.device != part.device or not (order.dim() == 1 or per_head):
+            raise LayoutError(
+                f"an order for tokens {tuple(part.shape)} on {part.device} must be int64 [N] or "
+                f"[B or 1, H or 1, N] there, got {order.dtype} {tuple(order.shape)} on {order.device}"
+            )
+    return sources
+
+
+def _moves_by_triton(sources: tuple[torch.Tensor, ...]) -> bool:
+    """Not where a gradient is asked for: torch's own functions have one."""
+    needs_grad = torch.is_grad_enabled() and any(part.requires_grad for part in sources)
+    return not needs_grad and runs_triton(sources[0])
+
+
+def _move(
+    sources: tuple[torch.Tensor, ...],
+    targets: tuple[torch.Tensor, ...],
+    order: torch.Tensor,
+    *,
+    scatter: bool,
+) -> None:
+    from kernels_common.permutation_triton import move_tokens_triton
+
+    move_tokens_triton(sources, targets, order, scatter=scatter)
 
 
 def _expand(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
