@@ -388,6 +388,16 @@ def gluon_obstacle(
     return next((f"backend 'gluon' {message}" for passed, message in checks if not passed), None)
 
 
+def prefers_gluon(query: torch.Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether this kernel takes such a call and is faster than the Triton one.
+
+    At head dimension 128 it is: matrix products dominate, and a key tile read once per 128 query rows feeds
+    them, with the softmax behind them. At 64 the softmax takes as long as the products; two consumer
+    warpgroups hide no more of it than the small programs of the Triton kernel that share a multiprocessor.
+    """
+    return query.shape[-1] == 128 and gluon_obstacle(query, block_size) is None
+
+
 def _source(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes of one head; strides of single-entry dimensions are arbitrary and are made valid."""
     pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)

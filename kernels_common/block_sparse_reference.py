@@ -17,6 +17,7 @@ def block_sparse_attention_reference(
     scale: float,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept blocks in fp32 (fp64 for fp64 inputs), with quadratic memory.
 
@@ -39,6 +40,9 @@ def block_sparse_attention_reference(
     if key_lengths is not None:
         inside = torch.arange(keys, device=key.device) < key_lengths[:, None]  # [B, Nk]
         kept = kept & inside[:, None, None]
+    if causal:
+        last_seen = torch.arange(query.shape[2], device=query.device) + keys - query.shape[2]
+        kept = kept & (torch.arange(keys, device=key.device) <= last_seen[:, None])
     scores = scores.masked_fill(~kept, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)  # -inf where nothing is kept
     shift = lse.masked_fill(lse.isneginf(), 0.0)[..., None]

@@ -48,6 +48,7 @@ def block_sparse_attention_torch(
     scale: float,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept blocks on any device; reads the counts back to the host once.
 
@@ -74,8 +75,11 @@ def block_sparse_attention_torch(
     lse_RM = torch.full(query_RMD.shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
     for chunk, count in _chunks(sorted_counts, blocks_per_chunk):
         kept = listed[chunk, :count].long()  # entries past the count are undefined
-        gathered = _gather(keys, chunk, kept, head_dim)
-        output_RMD[chunk], lse_RM[chunk] = attend(query_RMD[chunk], *gathered, scale)
+        key_rKD, value_rKD, bias_rMK = _gather(keys, chunk, kept, head_dim)
+        if causal:
+            first = order[chunk] % rows[2] * block_size[0] + key.shape[2] - queries
+            bias_rMK = _causal_bias(bias_rMK, first, kept, block_size, query.dtype)
+        output_RMD[chunk], lse_RM[chunk] = attend(query_RMD[chunk], key_rKD, value_rKD, bias_rMK, scale)
 
     lse = torch.empty_like(lse_RM).index_copy_(0, order, lse_RM).view(batch, heads, -1)[:, :, :queries]
     blocked = torch.empty_like(output_RMD).index_copy_(0, order, output_RMD).view(batch, heads, -1, head_dim)
@@ -139,7 +143,7 @@ def _chunks(sorted_counts: torch.Tensor, blocks_per_chunk: int) -> Iterator[tupl
 def _gather(
     keys: _KeyBlocks, chunk: slice, kept: torch.Tensor, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys and values ``[r, K, D]`` and bias ``[r, K]`` of the kept blocks ``[r, count]`` of a chunk."""
+    """Keys and values ``[r, K, D]`` and bias ``[r, 1, K]`` of the kept blocks ``[r, count]`` of a chunk."""
     blocks = (kept + keys.first[chunk, None]).flatten()
     key_rKD, value_rKD = (
         torch.index_select(source, 0, blocks, out=buffer[: len(blocks)]).view(kept.shape[0], -1, head_dim)
@@ -148,42 +152,67 @@ def _gather(
     if keys.bias is None or keys.bias_first is None:
         return key_rKD, value_rKD, None
     bias_blocks = (kept + keys.bias_first[chunk, None]).flatten()
-    return key_rKD, value_rKD, keys.bias.index_select(0, bias_blocks).view(kept.shape[0], -1)
+    return key_rKD, value_rKD, keys.bias.index_select(0, bias_blocks).view(kept.shape[0], 1, -1)
+
+
+def _causal_bias(
+    bias: torch.Tensor | None,
+    first: torch.Tensor,
+    kept: torch.Tensor,
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Bias ``[r, M, K]`` that is -inf at keys behind a query.
+
+    Args:
+        bias (Tensor, Optional): ``[r, 1, K]``.
+        first (Tensor): last key that each row's first query sees, ``[r]`` int64.
+        kept (Tensor): kept blocks, ``[r, count]`` int64.
+        block_size (tuple[int, int]): tokens of a (query block, key block).
+        dtype (torch.dtype): of the queries.
+    """
+    query_tokens, key_tokens = (torch.arange(size, device=kept.device) for size in block_size)
+    last_seen = first[:, None] + query_tokens  # [r, M]
+    keys = (kept[..., None] * block_size[1] + key_tokens).flatten(1)  # [r, K]
+    hidden = keys[:, None] > last_seen[..., None]
+    if bias is None:
+        bias = kept.new_zeros(1, dtype=torch.promote_types(dtype, torch.float32))
+    return torch.where(hidden, float("-inf"), bias)
 
 
 def _attend_fused(
     query_rMD: torch.Tensor,
     key_rKD: torch.Tensor,
     value_rKD: torch.Tensor,
-    bias_rK: torch.Tensor | None,
+    bias_rMK: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One chunk by torch's CPU flash kernel, each row as a batch entry; a row of -inf gives 0 and -inf."""
     mask = None
-    if bias_rK is not None:
-        mask = bias_rK[:, None, None].expand(-1, 1, query_rMD.shape[1], -1)
+    if bias_rMK is not None:
+        mask = bias_rMK[:, None].expand(-1, 1, query_rMD.shape[1], -1)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_rMD[:, None], key_rKD[:, None], value_rKD[:, None], attn_mask=mask, scale=scale
     )
     output_rMD, lse_rM = output[:, 0], lse[:, 0]
-    if bias_rK is None:
+    if bias_rMK is None:
         return output_rMD, lse_rM
-    empty_r1 = bias_rK.isneginf().all(-1, keepdim=True)
-    return output_rMD.masked_fill(empty_r1[..., None], 0), lse_rM.masked_fill(empty_r1, float("-inf"))
+    empty_rM = bias_rMK.isneginf().all(-1)
+    return output_rMD.masked_fill(empty_rM[..., None], 0), lse_rM.masked_fill(empty_rM, float("-inf"))
 
 
 def _attend_scores(
     query_rMD: torch.Tensor,
     key_rKD: torch.Tensor,
     value_rKD: torch.Tensor,
-    bias_rK: torch.Tensor | None,
+    bias_rMK: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One chunk with its scores in memory; a row of -inf gives 0 and -inf."""
     precise = torch.float64 if query_rMD.dtype == torch.float64 else torch.float32
     scores = torch.bmm(query_rMD.to(precise) * scale, key_rKD.to(precise).transpose(1, 2))
-    if bias_rK is not None:
-        scores += bias_rK[:, None]
+    if bias_rMK is not None:
+        scores += bias_rMK
     # The finite floor keeps -inf - peak from being NaN where a whole row is -inf.
     peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(precise).min)
     weights = scores.sub_(peak).exp_()

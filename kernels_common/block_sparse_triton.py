@@ -32,6 +32,24 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
+@triton.jit
+def _hide_later(scores, columns, last_seen, TILE_M: tl.constexpr):
+    """Scores with -inf at keys behind each query; the tile's first query sees keys up to ``last_seen``."""
+    if tl.max(columns, 0) > last_seen:
+        rows = last_seen + tl.arange(0, TILE_M)
+        scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _normalise(acc, peak, total):
+    """Output and natural log-sum-exp; 0 and -inf for rows that saw no key."""
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+    return acc / total[:, None], lse
+
+
 # Lengths and strides of lists change with every size; specialising on them would recompile.
 @triton.jit(
     do_not_specialize=[
@@ -73,6 +91,7 @@ def block_sparse_fwd_kernel(
     MASK_N: tl.constexpr,
     HAS_KEY_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -109,9 +128,11 @@ def block_sparse_fwd_kernel(
             factor = 1.0
         if start_n + TILE_N > valid_keys:
             scores = tl.where((columns < valid_keys)[None, :], scores, float("-inf"))
+        if CAUSAL:
+            scores = _hide_later(scores, columns, start_m + key_length - query_length, TILE_M)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
         base = new_peak
-        if HAS_BIAS or HAS_KEY_LENGTHS:
+        if HAS_BIAS or HAS_KEY_LENGTHS or CAUSAL:
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no -inf - -inf
         rescale = tl.exp2(peak - base)
         weights = tl.exp2(scores * factor - base[:, None])
@@ -122,9 +143,7 @@ def block_sparse_fwd_kernel(
         )
         peak = new_peak
 
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+    acc, lse = _normalise(acc, peak, total)
     rows = start_m + tl.arange(0, TILE_M)
     columns = tl.arange(0, BLOCK_D)
     output_base = output_ptr + batch_64 * stride_ob + head_64 * stride_oh
@@ -213,6 +232,7 @@ def block_sparse_attention_triton(
     scale: float,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    causal: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel; arguments as in :func:`kernels_common.block_sparse_attention`.
@@ -251,7 +271,7 @@ def block_sparse_attention_triton(
             BIAS_GROUP=1 if bias is None else heads // bias.shape[1],
             HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_M=config.tile_m, TILE_N=config.tile_n,
             MASK_M=block_size[0], MASK_N=block_size[1],
-            HAS_KEY_LENGTHS=key_lengths is not None, HAS_BIAS=bias is not None,
+            HAS_KEY_LENGTHS=key_lengths is not None, HAS_BIAS=bias is not None, CAUSAL=causal,
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

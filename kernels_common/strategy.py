@@ -12,7 +12,7 @@ from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
 from core.parameters import StrategyParameters
 from core.strategy import AttentionResult, AttentionStrategy
-from kernels_common.block_sparse_attention import block_sparse_attention, resolve_backend
+from kernels_common.block_sparse_attention import attend_blocks
 from kernels_common.permutation import gather_tokens, scatter_tokens
 
 
@@ -25,7 +25,7 @@ class BlockSparseParameters(StrategyParameters):
     """
 
     block_size: Literal[64, 128] = Field(128, description="tokens of a query block and of a key block")
-    backend: Literal["auto", "reference", "torch", "triton", "gluon"] = Field(
+    backend: Literal["auto", "reference", "torch", "triton", "gluon", "flex", "flash4"] = Field(
         "auto", description="form of the block-sparse operator"
     )
 
@@ -72,11 +72,17 @@ class BlockSparseStrategy(AttentionStrategy):
         context: AttentionContext,
     ) -> AttentionResult:
         pattern = self.pattern(query, key, context)
-        return attend_pattern(query, key, value, pattern, self.parameters.backend)
+        return attend_pattern(query, key, value, pattern, self.parameters.backend, causal=context.causal)
 
 
 def attend_pattern(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: SparsePattern, backend: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    backend: str,
+    *,
+    causal: bool = False,
 ) -> AttentionResult:
     """Reorder the tokens, attend over the mask and restore the order.
 
@@ -86,17 +92,18 @@ def attend_pattern(
         value (Tensor): ``[B, Hkv, Nk, D]``.
         pattern (SparsePattern): mask and orders of this call.
         backend (str): form of the block-sparse operator, as in `block_sparse_attention`.
+        causal (bool): no query sees a later key; not with an order. Default: False
 
     Returns:
         AttentionResult: output in the model's order.
     """
-    backend = resolve_backend(query, pattern.mask, backend)
-    key_order = pattern.order if pattern.key_order is None else pattern.key_order
-    if pattern.order is not None:
-        query = gather_tokens(query, pattern.order)
-    if key_order is not None:
-        key, value = (gather_tokens(part, key_order) for part in (key, value))
-    output = block_sparse_attention(query, key, value, pattern.mask, backend=backend)
+    if pattern.key_order is not None:
+        key, value = gather_tokens((key, value), pattern.key_order)
+        query = query if pattern.order is None else gather_tokens(query, pattern.order)
+    elif pattern.order is not None:
+        query, key, value = gather_tokens((query, key, value), pattern.order)
+    result = attend_blocks(query, key, value, pattern.mask, causal=causal, backend=backend)
+    output = result.output
     if pattern.order is not None:
         output = scatter_tokens(output, pattern.order)
-    return AttentionResult(output, pattern.density, backend, pattern.shares)
+    return AttentionResult(output, pattern.density, result.backend, pattern.shares)

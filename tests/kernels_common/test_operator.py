@@ -9,7 +9,7 @@ import torch
 
 import kernels_common
 from core import BlockSparseMask, LayoutError, ParameterError, UnsupportedCallError
-from kernels_common import block_sparse_attention, resolve_backend
+from kernels_common import attend_blocks, block_sparse_attention, resolve_backend
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -51,13 +51,71 @@ def test_fp64_is_computed_in_fp64(call, backend):
     torch.testing.assert_close(output, dense, rtol=1e-12, atol=1e-12)
 
 
-def test_requires_grad_is_refused_unless_gradients_are_off(call):
+def test_gradients_that_do_not_exist_are_refused_unless_they_are_off(call):
     query, key, value, mask = call
-    for backend in ("reference", "torch", "triton"):
-        with pytest.raises(UnsupportedCallError, match="no backward"):
-            block_sparse_attention(query, key.clone().requires_grad_(), value, mask, backend=backend)
+    with pytest.raises(UnsupportedCallError, match="no backward with quantization"):
+        block_sparse_attention(query, key.clone().requires_grad_(), value, mask, quantization="int8_fp16")
     with torch.no_grad():
-        block_sparse_attention(query.clone().requires_grad_(), key, value, mask)
+        block_sparse_attention(query.clone().requires_grad_(), key, value, mask, quantization="int8_fp16")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("extra", ["none", "bias", "key_lengths"])
+@pytest.mark.parametrize("lengths", [(100, 100), (37, 150), (150, 60)], ids=str)
+def test_causal_equals_the_reference(generator, device, lengths, extra, backend):
+    queries, keys = lengths
+    query = torch.randn(2, 4, queries, 32, generator=generator)
+    key, value = torch.randn(2, 2, 2, keys, 32, generator=generator)
+    kept = torch.rand(2, 4, -(-queries // 16), -(-keys // 32), generator=generator) < 0.6
+    mask = BlockSparseMask.from_blocks(kept.to(device), (16, 32), queries, keys)
+    options = {
+        "none": {},
+        "bias": {"bias": torch.randn(2, 1, keys, generator=generator).to(device)},
+        "key_lengths": {"key_lengths": torch.tensor([keys - 5, keys // 2], device=device)},
+    }[extra]
+    tensors = [part.to(device) for part in (query, key, value)]
+    output, lse = block_sparse_attention(
+        *tensors, mask, causal=True, return_lse=True, backend=backend, **options
+    )
+    seen = mask.to_dense() & torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if extra == "key_lengths":
+        seen = seen & (torch.arange(keys, device=device) < options["key_lengths"][:, None])[:, None, None]
+    key, value = (part.double().repeat_interleave(2, 1) for part in tensors[1:])
+    scores = tensors[0].double() @ key.transpose(2, 3) * 32**-0.5
+    if extra == "bias":
+        scores = scores + options["bias"][:, :, None]
+    scores = scores.masked_fill(~seen, float("-inf"))
+    expected = scores.softmax(-1).nan_to_num(0.0) @ value
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_later_key_never_changes_an_earlier_row(call):
+    query, key, value, _ = call
+    query = query[:, :, :90]
+    key, value = key[:, :, :90].clone(), value[:, :, :90].clone()
+    full = BlockSparseMask.full((16, 16), 90, 90, query.device)
+    before = block_sparse_attention(query, key, value, full, causal=True)
+    key[:, :, 50:], value[:, :, 50:] = 7.0, -7.0
+    after = block_sparse_attention(query, key, value, full, causal=True)
+    assert torch.equal(before[:, :, :50], after[:, :, :50])
+    assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
+
+
+def test_everything_about_a_call_comes_back(call, device):
+    query, key, value, mask = call
+    plain = attend_blocks(query, key, value, mask)
+    assert plain.backend == resolve_backend(query, mask) and plain.skipped is None
+    threshold = torch.full(query.shape[1:2], 1e4, device=device)
+    result = attend_blocks(query, key, value, mask, skip_threshold=threshold)
+    assert result.skipped.shape == (*query.shape[:2], mask.query_blocks) and not result.skipped.any()
+    torch.testing.assert_close(result.output, plain.output, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LayoutError, match=r"skip_threshold must be \[\d+\] fp32"):
+        attend_blocks(query, key, value, mask, skip_threshold=threshold[:1].double())
+    with pytest.raises(UnsupportedCallError, match="quantization must be one of none, int8_fp8, int8_fp16"):
+        attend_blocks(query, key, value, mask, quantization="int4")
+    with pytest.raises(UnsupportedCallError, match="backend 'flex' does not support quantization"):
+        attend_blocks(query, key, value, mask, quantization="int8_fp16", backend="flex")
 
 
 def test_unsupported_calls_are_named(call):
@@ -182,8 +240,11 @@ def test_fake_kernel_agrees_with_the_real_one(call, backend):
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     lengths = torch.tensor([150, 9], device=query.device)
     bias = torch.zeros(1, 2, 150, device=query.device)
-    arguments = (query, key, value, mask.counts, mask.indices, lengths, bias, 64, 64, 0.125, backend)
+    arguments = (query, key, value, mask.counts, mask.indices, lengths, bias, 64, 64, 0.125, False, backend)
     torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention, arguments)
+    threshold = torch.ones(4, device=query.device)
+    quantized = (*arguments[:7], threshold, 64, 64, 0.125, "int8_fp16", backend)
+    torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention_quantized, quantized)
 
 
 @needs_gpu
