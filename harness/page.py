@@ -255,12 +255,20 @@ def _columns(tiles: int) -> int:
     return -(-tiles // rows)
 
 
+def _merged_tokens(row: ResultRow) -> int | None:
+    """Tokens of the sequence where the strategy merged some, mean over those calls; None without merging."""
+    cells = [cell for layer in row.shares_by_layer.get("merged_length", []) for cell in layer]
+    shares = [cell for cell in cells if cell is not None]
+    return round(row.tokens * sum(shares) / len(shares)) if shares and row.tokens else None
+
+
 def _tile(row: ResultRow, strategies: Strategies) -> dict[str, Any]:
     facts: list[tuple[str, str | None]]
     if is_baseline(row.label):
         facts = [
             ("what the others are compared with", "baseline"),
             ("denoising time", seconds(row.denoise_time_s)),
+            ("sequence length", number(row.tokens, ",d", " tokens")),
         ]
     else:
         quality = "identical" if row.identical else number(row.psnr_db, ".1f", " dB")
@@ -268,6 +276,7 @@ def _tile(row: ResultRow, strategies: Strategies) -> dict[str, Any]:
             ("executed density", percent(row.density)),
             ("speedup over the dense pass of this job", number(row.speedup, ".2f", TIMES)),
             ("PSNR to the dense video", quality),
+            ("mean sequence length after merging", number(_merged_tokens(row), ",d", " tokens")),
         ]
     return {
         **strategies.tag(row.label),

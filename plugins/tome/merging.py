@@ -1,0 +1,159 @@
+"""MergeMap: which tokens are averaged into which, and what attention over the averages needs.
+
+The tokens that stay keep their order, and text its place, so that a block mask over the merged sequence
+still has neighbours in its blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from core.block_mask import BlockSparseMask
+from kernels_common import block_sparse_attention, gather_tokens
+from kernels_common.triton_choice import runs_triton
+from plugins.tome.partition import Partition
+
+
+@dataclass(frozen=True)
+class MergeMap:
+    """Groups of tokens, each merged into one; most have one member.
+
+    Groups stand in the order of their first member, the destination, after which its sources follow.
+
+    Args:
+        order (Tensor): tokens group by group, ``[B, H or 1, S]`` int32; H counts key heads.
+        starts (Tensor): where each group begins in ``order``, and S, ``[B, H or 1, K + 1]`` int32.
+    """
+
+    order: torch.Tensor
+    starts: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens before merging, S."""
+        return self.order.shape[-1]
+
+    @property
+    def merged_length(self) -> int:
+        """Tokens after merging, K."""
+        return self.starts.shape[-1] - 1
+
+    def counts(self) -> torch.Tensor:
+        """Tokens that each merged token stands for, ``[B, H or 1, K]`` int32."""
+        return self.starts.diff(dim=-1)
+
+    def bias(self) -> torch.Tensor:
+        """Natural logarithm of the counts, ``[B, H or 1, K]`` fp32, for the scores of merged keys."""
+        return self.counts().to(torch.float32).log()
+
+    def groups(self) -> torch.Tensor:
+        """The merged token that holds each token, ``[B, H or 1, S]`` int64."""
+        places = torch.arange(self.length, dtype=torch.int32, device=self.order.device)
+        places = places.expand(self.order.shape).contiguous()
+        owners = torch.searchsorted(self.starts, places, right=True) - 1
+        return torch.empty_like(owners).scatter_(-1, self.order.long(), owners)
+
+    def for_heads(self, heads: int) -> "MergeMap":
+        """The same groups for query heads that share key heads (GQA)."""
+        own = self.order.shape[1]
+        if own in (1, heads):
+            return self
+        return MergeMap(*(part.repeat_interleave(heads // own, dim=1) for part in (self.order, self.starts)))
+
+
+def make_merge_map(
+    similarity: torch.Tensor, place: torch.Tensor, partition: Partition, r: int, length: int
+) -> MergeMap:
+    """Merge the ``r`` sources that are most similar to their destinations, without a synchronisation.
+
+    Of equal similarities the source that comes first is merged first.
+
+    Args:
+        similarity (Tensor): of each source to its destination, ``[B, H or 1, Ns]``.
+        place (Tensor): that destination's place in ``partition.destinations``, ``[B, H or 1, Ns]`` int64.
+        partition (Partition): on the device of ``similarity``.
+        r (int): sources to merge, 0 to Ns.
+        length (int): tokens of the sequence, S.
+    """
+    chosen = similarity.argsort(dim=-1, descending=True, stable=True)[..., :r]
+    merged = partition.sources[chosen]  # tokens [B, H, r]
+    targets = partition.destinations[place.gather(-1, chosen)]
+    shape, device = (*similarity.shape[:2], length), similarity.device
+    stays = torch.ones(shape, dtype=torch.bool, device=device).scatter_(-1, merged, False)
+    group = stays.cumsum(-1) - 1  # of the tokens that stay
+    owner, by_owner = group.gather(-1, targets).sort(dim=-1, stable=True)
+    counts = torch.ones(*shape[:2], length - r + 1, dtype=torch.int64, device=device)
+    counts.scatter_add_(-1, owner + 1, torch.ones_like(owner))
+    counts[..., 0] = 0
+    starts = counts.cumsum(-1)
+    # Before the i-th merged token, by owner, lie i merged ones and the first members of owner + 1 groups.
+    places = torch.where(stays, starts.gather(-1, group.clamp(min=0)), length)
+    order = torch.empty(*shape[:2], length + 1, dtype=torch.int32, device=device)
+    order.scatter_(-1, places, torch.arange(length, dtype=torch.int32, device=device).expand(shape))
+    order.scatter_(
+        -1, owner + 1 + torch.arange(r, device=device), merged.gather(-1, by_owner).to(torch.int32)
+    )
+    return MergeMap(order[..., :length].contiguous(), starts.to(torch.int32))
+
+
+def merge_tokens(tokens: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:
+    """Mean of every group, summed in fp32.
+
+    Args:
+        tokens (Tensor): ``[B, H, S, D]``.
+        merge_map (MergeMap): groups of S tokens.
+
+    Returns:
+        Tensor: ``[B, H, K, D]`` in the dtype of ``tokens``.
+    """
+    if runs_triton(tokens):
+        from plugins.tome.kernels import group_means_triton
+
+        return group_means_triton(tokens, merge_map.order, merge_map.starts)
+    return merge_tokens_torch(tokens, merge_map)
+
+
+def merge_tokens_torch(tokens: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:
+    """The plain form of `merge_tokens`."""
+    batch, heads, _, head_dim = tokens.shape
+    length = merge_map.merged_length
+    rows = torch.arange(batch * heads, device=tokens.device).view(batch, heads, 1) * length
+    total = torch.zeros(batch * heads * length, head_dim, dtype=torch.float32, device=tokens.device)
+    total.index_add_(0, (rows + merge_map.groups()).flatten(), tokens.flatten(0, 2).float())
+    mean = total.view(batch, heads, length, head_dim) / merge_map.counts()[..., None]
+    return mean.to(tokens.dtype)
+
+
+def unmerge_tokens(merged: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:
+    """Every token gets its group's row: ``[B, H, K, D]`` to ``[B, H, S, D]``."""
+    return gather_tokens(merged, merge_map.groups())
+
+
+def merged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    block_mask: BlockSparseMask | None = None,
+) -> torch.Tensor:
+    """Attention over merged keys: ``softmax(query key^T / sqrt(D) + bias) value``.
+
+    Args:
+        query (Tensor): ``[B, Hq, Nq, D]``.
+        key (Tensor): merged, ``[B, Hkv, K, D]``.
+        value (Tensor): merged, ``[B, Hkv, K, D]``.
+        bias (Tensor): `MergeMap.bias`, ``[B, Hkv or 1, K]`` fp32.
+        block_mask (BlockSparseMask, Optional): blocks of merged keys to look at. Default: all, by torch's own
+            kernel (the fastest on a CPU; on a GPU it would have the bias in memory once per query)
+
+    Returns:
+        Tensor: ``[B, Hq, Nq, D]``.
+    """
+    if block_mask is not None:
+        return block_sparse_attention(query, key, value, block_mask, bias=bias)
+    groups = query.shape[1] // bias.shape[1]
+    mask = (bias.repeat_interleave(groups, dim=1) if bias.shape[1] > 1 else bias)[:, :, None]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+    )
