@@ -50,6 +50,20 @@ def microbench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def doctor(session: nox.Session) -> None:
+    """Check every attention kernel on this machine against attention by its definition (-- --quick)."""
+    install(session, "-e", ".")
+    session.run("python", "-m", "harness.doctor", *session.posargs)
+
+
+@nox.session(default=False)
+def bench_kernels(session: nox.Session) -> None:
+    """Check and time every attention kernel at the shapes of video models (-- --help for options)."""
+    install(session, "-e", ".")
+    session.run("python", "-m", "harness.bench_kernels", *session.posargs)
+
+
+@nox.session(default=False)
 def gallery(session: nox.Session) -> None:
     """Regenerate gallery/ and the README's comparison from a run (-- --run DIR)."""
     install(session, "-e", ".")

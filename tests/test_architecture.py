@@ -17,7 +17,7 @@ ALLOWED = {
     "core": {"core"},
     "kernels_common": {"core", "kernels_common"},
     "plugins": {"core", "kernels_common", "plugins"},
-    "harness": {"core", "harness"},
+    "harness": {"core", "kernels_common", "harness"},
 }
 METHOD_FILES = {"__init__.py", "strategy.py", "reference.py", "README.md"}
 
