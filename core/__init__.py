@@ -18,6 +18,7 @@ from core.errors import (
 from core.extensions import Metric, Preset
 from core.hookspecs import hookimpl
 from core.layout import TokenLayout
+from core.level_mask import LevelMask
 from core.parameters import StrategyParameters
 from core.random import call_generator
 from core.record import ExecutionReport
@@ -36,6 +37,7 @@ __all__ = [
     "ExecutionReport",
     "InstallError",
     "LayoutError",
+    "LevelMask",
     "Metric",
     "ModelAdapter",
     "NonFiniteOutputError",
