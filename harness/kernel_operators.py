@@ -17,7 +17,7 @@ from core.dense_packages import PACKAGES
 from harness.kernel_cases import Case
 from kernels_common.block_sparse_attention import block_sparse_attention
 from kernels_common.block_sparse_backends import BACKENDS as BLOCK_SPARSE_BACKENDS
-from kernels_common.block_sparse_backends import resolve_backend
+from kernels_common.block_sparse_backends import CallFeatures, resolve_backend
 
 DENSE, BLOCK_SPARSE, QUANTIZED, POOLED = "dense", "block-sparse", "8-bit", "pooled"
 DENSE_BACKWARD, BACKWARD, PREPARATION = "dense backward", "backward", "preparation"
@@ -115,7 +115,7 @@ def block_sparse_operators() -> list[Operator]:
 
 
 def quantized_operators() -> list[Operator]:
-    """8-bit block-sparse attention, quantisation included; and SpargeAttn's kernel where it is installed."""
+    """8-bit block-sparse attention, quantisation included or not; and SpargeAttn's, where it is installed."""
 
     def operator(name: str, tolerance: Tolerance) -> Operator:
         return Operator(
@@ -131,7 +131,16 @@ def quantized_operators() -> list[Operator]:
     sparge = Operator(
         "spas_sage_attn", QUANTIZED, _prepare_sparge, forward_error, FP8_WEIGHTS, _never_default, 4.0
     )
-    return [operator("int8_fp8", FP8_WEIGHTS), operator("int8_fp16", INT8_SCORES), sparge]
+    alone = Operator(
+        "int8_fp8 (kernel alone)",
+        QUANTIZED,
+        _prepare_quantized_kernel,
+        forward_error,
+        FP8_WEIGHTS,
+        _never_default,
+        4.0,
+    )
+    return [operator("int8_fp8", FP8_WEIGHTS), alone, operator("int8_fp16", INT8_SCORES), sparge]
 
 
 def pooled_operators() -> list[Operator]:
@@ -255,6 +264,28 @@ def _prepare_sparge(case: Case) -> Callable[[], Outputs]:
         raise UnsupportedCallError("spas_sage_attn takes 16-bit tensors and mask blocks of 64 x 128")
     blocks = (case.levels > 0).to(torch.int8)
     return _forward(block_sparse_sage2_attn_cuda, case, mask_id=blocks, output_dtype=case.query.dtype)
+
+
+def _prepare_quantized_kernel(case: Case) -> Callable[[], Outputs]:
+    """The kernel for Hopper GPUs on operands that are quantised beforehand."""
+    features = CallFeatures(quantization="int8_fp8")
+    resolve_backend(case.query, case.mask, "gluon", features)  # says what is missing
+    from kernels_common.block_sparse_quantized_gluon import block_sparse_attention_quantized_gluon
+    from kernels_common.quantization import quantize_query_key
+    from kernels_common.quantization_triton import quantize_value_fp8_triton
+
+    operands, mask = quantize_query_key(case.query, case.key), case.mask
+    value, value_scale = quantize_value_fp8_triton(case.value, interleaved=True)
+
+    def run() -> Outputs:
+        output, _ = block_sparse_attention_quantized_gluon(
+            operands.query, operands.query_scale, operands.key, operands.key_scale, value, value_scale,
+            mask.counts, mask.indices, mask.block_size, scale=case.query.shape[3] ** -0.5,
+            dtype=case.query.dtype,
+        )  # fmt: skip
+        return (output,)
+
+    return run
 
 
 def _prepare_quantization(case: Case) -> Callable[[], Outputs]:

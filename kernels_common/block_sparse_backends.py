@@ -47,6 +47,7 @@ class CallFeatures(NamedTuple):
 
 
 PLAIN = CallFeatures()
+INT8_FP8 = CallFeatures(quantization="int8_fp8")
 
 
 def resolve_backend(
@@ -84,7 +85,9 @@ def resolve_backend(
 def _fastest(query: torch.Tensor, block_mask: BlockSparseMask, features: CallFeatures) -> str:
     block_size = block_mask.block_size
     if query.device.type == "cuda":
-        if _gluon_obstacle(query, block_size, features) is None and _prefers_gluon(query, block_size):
+        if _gluon_obstacle(query, block_size, features) is None and (
+            features == INT8_FP8 or _prefers_gluon(query, block_size)
+        ):
             return "gluon"
         if _triton_obstacle(query, block_size, features) is None:
             return "triton"
@@ -113,8 +116,12 @@ def _triton_obstacle(query: torch.Tensor, block_size: tuple[int, int], features:
 def _gluon_obstacle(query: torch.Tensor, block_size: tuple[int, int], features: CallFeatures) -> str | None:
     if not _TRITON_INSTALLED:
         return "backend 'gluon' needs the triton package, which is not installed"
+    if features == INT8_FP8:
+        from kernels_common.block_sparse_quantized_gluon import quantized_gluon_obstacle
+
+        return quantized_gluon_obstacle(query, block_size, query.dtype)
     if features.extra is not None:
-        return f"backend 'gluon' does not support {features.extra}"
+        return f"backend 'gluon' does not support {features.extra} here"
     from kernels_common.block_sparse_gluon import gluon_obstacle
 
     return gluon_obstacle(query, block_size)

@@ -23,43 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.errors import UnsupportedCallError
-from kernels_common.block_sparse_triton import LN_2, LOG2_E, _aligned, _list_strides
+from kernels_common import block_sparse_gluon_64 as head_dim_64
+from kernels_common.block_sparse_gluon_parts import _exp2, _list, _locate, _new_barriers, _store
+from kernels_common.block_sparse_triton import LOG2_E, _aligned, _list_strides
 
 BLOCK_SIZES = ((128, 128), (128, 64))
 DTYPES = (torch.float16, torch.bfloat16)
-KEY_STAGES = {64: 3, 128: 2}  # key and value tiles in flight, by head dimension
+HEAD_DIMS = (64, 128)
+KEY_STAGES = 2  # key and value tiles in flight
 QUERY_STAGES = 2
 TILE_N = 128
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _log2(x):
-    return gl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _locate(item, row_tiles, heads):
-    """Batch, head and row tile of a work item; row tiles vary fastest, so that a head stays in L2."""
-    return item // row_tiles // heads, item // row_tiles % heads, item % row_tiles
-
-
-@gluon.jit
-def _list(item, lists, row_tiles, heads):
-    """Count and first entry of a work item's list."""
-    counts_ptr, indices_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_ir = lists
-    batch, head, row = _locate(item, row_tiles, heads)
-    count = gl.load(counts_ptr + batch * stride_cb + head * stride_ch + row)
-    start = indices_ptr + batch.to(gl.int64) * stride_ib + head.to(gl.int64) * stride_ih
-    return count, start + row.to(gl.int64) * stride_ir
 
 
 @gluon.jit
@@ -199,31 +172,6 @@ def _walk(
 
 
 @gluon.jit
-def _store(
-    acc, peak, total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads, query_length,
-    HALF: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    stride_ob, stride_oh, stride_on = output_strides
-    batch, head, row = _locate(item, row_tiles, heads)
-    s_rows: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    o_rows: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    empty = total == 0.0
-    safe_total = gl.where(empty, 1.0, total)
-    lse = gl.where(empty, float("-inf"), (peak + _log2(safe_total)) * LN_2)
-    acc = acc * gl.convert_layout(1.0 / safe_total, o_rows)[:, None]
-    acc = gl.where(gl.convert_layout(total, o_rows)[:, None] == 0.0, 0.0, acc)
-    first = row * 128 + HALF * 64
-    rows = first + gl.arange(0, 64, o_rows)
-    columns = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-    base = output_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-    offsets = rows.to(gl.int64)[:, None] * stride_on + columns[None, :]
-    gl.store(base + offsets, acc.to(output_ptr.dtype.element_ty), mask=(rows < query_length)[:, None])
-    lse_rows = first + gl.arange(0, 64, s_rows)
-    lse_base = lse_ptr + (item // row_tiles).to(gl.int64) * query_length
-    gl.store(lse_base + lse_rows, lse, mask=lse_rows < query_length)
-
-
-@gluon.jit
 def _consumer(
     HALF: gl.constexpr, lists, output_ptr, lse_ptr, output_strides, rings, barriers,
     items, row_tiles, heads, query_length, key_length, scale_log2,
@@ -286,14 +234,6 @@ def _consumer(
         mbarrier.arrive(k_empty.index(slot), pred=next_tiles > 0)
         tiles = next_tiles
         valid = next_valid
-
-
-@gluon.jit
-def _new_barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
 
 
 # Lengths and strides of lists change with every size; specialising on them would recompile.
@@ -379,7 +319,7 @@ def gluon_obstacle(
     checks = (
         (capability == (9, 0), f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"),
         (query.dtype in DTYPES, f"supports fp16 and bf16, got {query.dtype}"),
-        (query.shape[-1] in KEY_STAGES, f"supports head dimensions 64 and 128, got {query.shape[-1]}"),
+        (query.shape[-1] in HEAD_DIMS, f"supports head dimensions 64 and 128, got {query.shape[-1]}"),
         (
             tuple(block_size) in BLOCK_SIZES,
             f"supports mask blocks of 128 x 128 and 128 x 64, got {tuple(block_size)}",
@@ -389,13 +329,12 @@ def gluon_obstacle(
 
 
 def prefers_gluon(query: torch.Tensor, block_size: tuple[int, int]) -> bool:
-    """Whether this kernel takes such a call and is faster than the Triton one.
+    """Whether the kernels here take such a call: then they are faster than the Triton one.
 
-    At head dimension 128 it is: matrix products dominate, and a key tile read once per 128 query rows feeds
-    them, with the softmax behind them. At 64 the softmax takes as long as the products; two consumer
-    warpgroups hide no more of it than the small programs of the Triton kernel that share a multiprocessor.
+    A key tile read once per 128 query rows feeds the matrix products, and the softmax of one warpgroup runs
+    behind the products of another.
     """
-    return query.shape[-1] == 128 and gluon_obstacle(query, block_size) is None
+    return gluon_obstacle(query, block_size) is None
 
 
 def _source(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -437,14 +376,26 @@ def block_sparse_attention_gluon(
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     row_tiles = triton.cdiv(queries, block_size[0])
     items = batch * heads * row_tiles
-    box = (TILE_N, head_dim) if block_size[1] == TILE_N else (64, 64)
-    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    if head_dim == 64:
+        kernel, tile_n, programs = (
+            head_dim_64.block_sparse_fwd_kernel_sm90_64,
+            head_dim_64.TILE_N,
+            min(-(-items // head_dim_64.TEAMS), processors),
+        )
+        options = {
+            "STAGES": head_dim_64.STAGES, "Q_STAGES": head_dim_64.QUERY_STAGES,
+            "C_REGISTERS": head_dim_64.CONSUMER_REGISTERS, "P_REGISTERS": head_dim_64.PRODUCER_REGISTERS,
+        }  # fmt: skip
+    else:
+        kernel, tile_n, programs = block_sparse_fwd_kernel_sm90, TILE_N, min(items, processors)
+        options = {"STAGES": KEY_STAGES, "Q_STAGES": QUERY_STAGES}
+    box = (tile_n, head_dim) if block_size[1] >= tile_n else (64, 64)
     with torch.cuda.device_of(query):
-        block_sparse_fwd_kernel_sm90[(programs,)](
+        kernel[(programs,)](
             _source(query, 64, head_dim), _source(key, *box), _source(value, *box), target, lse,
             counts, indices, *_list_strides(counts)[:2], *_list_strides(indices)[:3], *target.stride()[:3],
             items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
-            D=head_dim, N=TILE_N, STAGES=KEY_STAGES[head_dim], Q_STAGES=QUERY_STAGES, MASK_N=block_size[1],
-            num_warps=4,
+            D=head_dim, N=tile_n, MASK_N=block_size[1], **options, num_warps=4,
         )  # fmt: skip
     return (output if target is output else output.copy_(target)), lse

@@ -138,6 +138,11 @@ def block_sparse_attention_quantized_op(
     if backend == "torch":
         with _exact(query):
             return block_sparse_attention_quantized_torch(*arguments, **extras)
+    if backend == "gluon":
+        from kernels_common.block_sparse_quantized_gluon import block_sparse_attention_int8_fp8_gluon
+
+        output, lse = block_sparse_attention_int8_fp8_gluon(*arguments, scale=scale)
+        return output, lse, _no_tiles(query, counts)
     from kernels_common.block_sparse_quantized_triton import block_sparse_attention_quantized_triton
 
     return block_sparse_attention_quantized_triton(*arguments, **extras)

@@ -169,19 +169,24 @@ def quantize_value_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     """One tile of values, transposed: grid ``(Npad / TILE, B * Hkv)``."""
     place = tl.program_id(1)
     batch, head = place // HEADS, place % HEADS
     valid = tl.load(lengths_ptr + batch)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    rows = places
+    if INTERLEAVED:  # place 4 t + 2 h + i of every 16 holds token 8 h + 2 t + i
+        inside = places % 16
+        rows = places - inside + inside // 2 % 2 * 8 + inside // 4 * 2 + inside % 2
     columns = tl.arange(0, BLOCK_D)
     strides = (stride_b, stride_h, stride_n, stride_d)
     tile = _load_tile(value_ptr, batch, head, rows, valid, strides, HEAD_DIM, BLOCK_D)
     amax = tl.load(amax_ptr + place * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=1.0)
     scaled = tile * tl.div_rn(FP8_MAX, amax)[None, :]
     channels = place.to(tl.int64) * HEAD_DIM + columns
-    offsets = channels[:, None] * padded_length + rows[None, :]
+    offsets = channels[:, None] * padded_length + places[None, :]
     tl.store(target_ptr + offsets, scaled.to(tl.float8e4nv).T, mask=(columns < HEAD_DIM)[:, None])
 
 
@@ -236,9 +241,14 @@ def quantize_query_key_triton(
 
 
 def quantize_value_fp8_triton(
-    value: torch.Tensor, *, key_lengths: torch.Tensor | None = None
+    value: torch.Tensor, *, key_lengths: torch.Tensor | None = None, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`kernels_common.quantization.quantize_value_fp8` on a GPU; no fp32 copy."""
+    """:func:`kernels_common.quantization.quantize_value_fp8` on a GPU; no fp32 copy.
+
+    Args:
+        interleaved (bool): tokens of every 16 in the order of
+            `block_sparse_quantized_gluon.interleave_tokens`. Default: False
+    """
     batch, heads, length, head_dim = value.shape
     padded_length = triton.cdiv(length, VALUE_MULTIPLE) * VALUE_MULTIPLE
     value_fp8 = torch.empty(batch, heads, head_dim, padded_length, dtype=FP8_DTYPE, device=value.device)
@@ -248,6 +258,6 @@ def quantize_value_fp8_triton(
         quantize_value_kernel[(padded_length // VALUE_MULTIPLE, batch * heads)](
             value, lengths, amax, value_fp8, *value.stride(), padded_length, HEADS=heads, HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim), TILE=VALUE_MULTIPLE, FP8_MAX=FP8_MAX,
-            num_warps=2,
+            INTERLEAVED=interleaved, num_warps=2,
         )  # fmt: skip
     return value_fp8, amax / torch.full_like(amax, FP8_MAX)  # rounded once, as in the kernel
