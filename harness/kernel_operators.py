@@ -195,7 +195,7 @@ def preparation_operators() -> list[Operator]:
             0.0,
         ),
         Operator(
-            "prediction (mean_pool_importance, select_top_k)",
+            "prediction (mean-pool importance and top-k lists)",
             PREPARATION,
             _prepare_prediction,
             _prediction_error,
