@@ -1,5 +1,7 @@
 """Exact dense attention by the fastest kernel that is present on the device."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
@@ -93,7 +95,11 @@ def attention(
         raise UnsupportedCallError(f"dense backend '{backend}' is not causal here; use backend='auto'")
     if backend in PACKAGES:
         return package_attention(backend, query, key, value, scale)
-    options = {"scale": scale, "is_causal": causal, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "is_causal": causal,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
     if backend == "sdpa":
         return F.scaled_dot_product_attention(query, key, value, **options)
     if query.device.type != "cuda":

@@ -151,9 +151,9 @@ class StrategyConformance:
         query, key, value = self.inputs(layout)
         context = AttentionContext(layout)
         strategy = self.make()
-        inputs = [part.clone().requires_grad_() for part in (query, key, value)]
+        inputs = tuple(part.clone().requires_grad_() for part in (query, key, value))
         slope = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query.device)
-        output = strategy(*inputs, context)
+        output = strategy(inputs[0], inputs[1], inputs[2], context)
         gradients = torch.autograd.grad((output * slope).sum(), inputs)
         weights = executed_weights(strategy, query, key, context).double()
         # Softmax attention over the executed pairs, differentiated by hand.

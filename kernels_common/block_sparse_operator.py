@@ -133,8 +133,8 @@ def block_sparse_attention_quantized_op(
     }
     if backend == "reference":
         with _exact(query):
-            output, *rest = block_sparse_attention_quantized_reference(*arguments, **extras)
-        return torch.empty_like(query).copy_(output), *rest
+            output, lse, skipped = block_sparse_attention_quantized_reference(*arguments, **extras)
+        return torch.empty_like(query).copy_(output), lse, skipped
     if backend == "torch":
         with _exact(query):
             return block_sparse_attention_quantized_torch(*arguments, **extras)

@@ -8,12 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
-from core.block_mask import BlockSparseMask
+from core.block_mask import BlockSparseMask, block_lengths
 from core.context import AttentionContext
+from core.errors import UnsupportedCallError
+from core.level_mask import LevelMask
 from core.parameters import StrategyParameters
 from core.strategy import AttentionResult, AttentionStrategy
-from kernels_common.block_sparse_attention import attend_blocks
+from kernels_common.block_sparse_attention import BlockSparseOutput, attend_blocks
+from kernels_common.block_sparse_quantized_reference import skip_tile
 from kernels_common.permutation import gather_tokens, scatter_tokens
+from kernels_common.pooled_attention import pooled_attention, resolve_pooled_backend
 
 
 class BlockSparseParameters(StrategyParameters):
@@ -40,19 +44,24 @@ class SparsePattern:
     """What a block-sparse method decides for one call.
 
     Args:
-        mask (BlockSparseMask): kept blocks, in the reordered sequence if there is an ``order``.
+        mask (BlockSparseMask | LevelMask): kept blocks, whole or each at its level, in the reordered sequence
+            if there is an ``order``.
         density (float | Tensor): executed density of ``mask``; a float where it is known beforehand.
         order (Tensor, Optional): ``[S]`` or ``[B or 1, H or 1, S]`` int64; place ``i`` of the reordered
             sequence holds token ``order[i]``. Default: the model's order
         key_order (Tensor, Optional): order of keys and values where it is another one. Default: ``order``
         shares (Mapping[str, float | Tensor]): further figures for the report, see `AttentionResult`.
+        quantization (str): precision of the operands, see `block_sparse_attention`. Default: ``"none"``
+        skip_threshold (Tensor, Optional): ``[H]`` fp32, see `attend_blocks`. Default: no tile is skipped
     """
 
-    mask: BlockSparseMask
+    mask: BlockSparseMask | LevelMask
     density: float | torch.Tensor
     order: torch.Tensor | None = None
     key_order: torch.Tensor | None = None
     shares: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+    quantization: str = "none"
+    skip_threshold: torch.Tensor | None = None
 
 
 class BlockSparseStrategy(AttentionStrategy):
@@ -91,19 +100,66 @@ def attend_pattern(
         key (Tensor): ``[B, Hkv, Nk, D]``.
         value (Tensor): ``[B, Hkv, Nk, D]``.
         pattern (SparsePattern): mask and orders of this call.
-        backend (str): form of the block-sparse operator, as in `block_sparse_attention`.
-        causal (bool): no query sees a later key; not with an order. Default: False
+        backend (str): form of the operator, as in `block_sparse_attention` or `pooled_attention`.
+        causal (bool): no query sees a later key; not with an order or pooled blocks. Default: False
 
     Returns:
-        AttentionResult: output in the model's order.
+        AttentionResult: output in the model's order. Where tiles may be skipped, the density is the mean of
+        the two shares ``qk_density``, tiles whose scores were computed, and ``pv_density``, those that were
+        multiplied with their values too.
     """
     if pattern.key_order is not None:
         key, value = gather_tokens((key, value), pattern.key_order)
         query = query if pattern.order is None else gather_tokens(query, pattern.order)
     elif pattern.order is not None:
         query, key, value = gather_tokens((query, key, value), pattern.order)
-    result = attend_blocks(query, key, value, pattern.mask, causal=causal, backend=backend)
+    mask = pattern.mask
+    if isinstance(mask, LevelMask):
+        result = _attend_levels(query, key, value, pattern, mask, backend, causal)
+    else:
+        result = attend_blocks(
+            query, key, value, mask, causal=causal, quantization=pattern.quantization,
+            skip_threshold=pattern.skip_threshold, backend=backend,
+        )  # fmt: skip
     output = result.output
     if pattern.order is not None:
         output = scatter_tokens(output, pattern.order)
-    return AttentionResult(output, pattern.density, result.backend, pattern.shares)
+    if result.skipped is None or isinstance(mask, LevelMask):
+        return AttentionResult(output, pattern.density, result.backend, pattern.shares)
+    multiplied = pattern.density * multiplied_share(mask, result.skipped)
+    shares = {**pattern.shares, "qk_density": pattern.density, "pv_density": multiplied}
+    return AttentionResult(output, (pattern.density + multiplied) / 2, result.backend, shares)
+
+
+def _attend_levels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    mask: LevelMask,
+    backend: str,
+    causal: bool,
+) -> BlockSparseOutput:
+    """Attention over pooled blocks, which knows neither causal calls nor 8-bit operands nor skipped tiles."""
+    if causal or pattern.quantization != "none" or pattern.skip_threshold is not None:
+        raise UnsupportedCallError(
+            "pooled blocks are for plain attention, not causal, quantized or with a skip threshold; use a "
+            "BlockSparseMask"
+        )
+    backend = resolve_pooled_backend(query, backend)
+    output, lse = pooled_attention(query, key, value, mask, return_lse=True, backend=backend)
+    return BlockSparseOutput(output, lse, backend)
+
+
+def multiplied_share(mask: BlockSparseMask, skipped: torch.Tensor) -> torch.Tensor:
+    """Share of the tiles of kept blocks that were not skipped, a 0-d float64 tensor; 1 where none is kept.
+
+    Args:
+        mask (BlockSparseMask): the mask of the call.
+        skipped (Tensor): skipped tiles of every row, ``[B, H, Mq]`` int32, of `attend_blocks`.
+    """
+    tile = skip_tile(mask.block_size)
+    tile_rows = block_lengths(mask.query_length, mask.block_size[0], mask.device).add_(tile[0] - 1) // tile[0]
+    tiles = mask.counts * tile_rows * (mask.block_size[1] // tile[1])
+    total = tiles.expand_as(skipped).sum(dtype=torch.float64)
+    return 1.0 - skipped.sum(dtype=torch.float64) / total.clamp(min=1)

@@ -42,7 +42,8 @@ class RadialParameters(BlockSparseParameters):
         temporal_patch (int): latents per token frame, 2 for CogVideoX1.5; read with boundaries. Default: 1
         front_padding (int): latents that the model puts in front, 1 for CogVideoX1.5 with an odd number of
             latents; read with boundaries. Default: 0
-        use_sage_attention (bool): 8-bit block-sparse operator; not available, so True raises. Default: False
+        use_sage_attention (bool): INT8 scores and FP8 values (SageAttention, arXiv 2411.10958); gradients are
+            then not available. Default: False
     """
 
     sparsity_type: Literal["radial", "dense"] = Field("radial", description="radial mask, or dense attention")
@@ -61,7 +62,7 @@ class RadialParameters(BlockSparseParameters):
     temporal_compression: int = Field(4, ge=1, description="pixel frames per latent")
     temporal_patch: int = Field(1, ge=1, description="latents per token frame")
     front_padding: int = Field(0, ge=0, description="latents that the model puts in front")
-    use_sage_attention: bool = Field(False, description="8-bit block-sparse operator; not available")
+    use_sage_attention: bool = Field(False, description="INT8 scores and FP8 values")
 
     @field_validator("scene_boundaries")
     @classmethod
@@ -80,23 +81,13 @@ class RadialParameters(BlockSparseParameters):
             raise ValueError("needs scene_boundaries")
         return adjacency
 
-    @field_validator("use_sage_attention")
-    @classmethod
-    def _refuse_sage_attention(cls, wanted: bool) -> bool:
-        if wanted:
-            raise ValueError(
-                "the 8-bit block-sparse operator is not available yet; leave it False (the parameter "
-                "'backend' chooses between the forms of the 16-bit operator)"
-            )
-        return wanted
-
 
 class RadialStrategy(BlockSparseStrategy):
     """Radial attention: the further apart two frames are, the narrower the band of places they see."""
 
     name: ClassVar[str] = "radial"
     Parameters: ClassVar[type[RadialParameters]] = RadialParameters
-    capabilities: ClassVar[Capabilities] = Capabilities(gqa=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(gqa=True, backward=True)
 
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
@@ -107,7 +98,8 @@ class RadialStrategy(BlockSparseStrategy):
             ParameterError: the scenes do not fit the frames of the layout.
         """
         mask = layout_mask(layout, self.parameters)
-        return SparsePattern(mask.to(device), float(mask.density()))
+        quantization = "int8_fp8" if self.parameters.use_sage_attention else "none"
+        return SparsePattern(mask.to(device), float(mask.density()), quantization=quantization)
 
     def pattern(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> SparsePattern:
         """The plan of the layout: the mask is fixed before sampling."""

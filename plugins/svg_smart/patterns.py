@@ -72,7 +72,10 @@ class HeadPatterns(NamedTuple):
 
     def to(self, device: torch.device) -> "HeadPatterns":
         """The same patterns on another device."""
-        return HeadPatterns(*(part.to(device) for part in self))
+        orders, places, blocks, masks, densities = self
+        return HeadPatterns(
+            orders.to(device), places.to(device), blocks.to(device), masks.to(device), densities.to(device)
+        )
 
 
 def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int) -> list[TokenPattern]:

@@ -74,7 +74,7 @@ def semantic_pattern(
         labels.append(label)
         centroids.append(centroid)
     sizes = cluster_sizes(labels[1], centroids[1].shape[1])
-    kept = kept_pairs(*centroids, sizes, mass=options.mass, least_share=options.least_share)
+    kept = kept_pairs(centroids[0], centroids[1], sizes, mass=options.mass, least_share=options.least_share)
     orders, spans = zip(
         *(_sorted(label, layout, size) for label, size in zip(labels, block_size, strict=True)), strict=True
     )
@@ -84,7 +84,7 @@ def semantic_pattern(
     mask = BlockSparseMask.from_blocks(blocks, block_size, length, length)
     query_order, key_order = (order.view(*query.shape[:2], length) for order in orders)
     pattern = SparsePattern(mask, mask.density(), query_order, key_order)
-    return pattern, Centroids(context.step_index, *centroids)
+    return pattern, Centroids(context.step_index, centroids[0], centroids[1])
 
 
 def _sorted(labels: torch.Tensor, layout: TokenLayout, block: int) -> tuple[torch.Tensor, torch.Tensor]:

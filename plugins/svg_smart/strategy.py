@@ -77,7 +77,7 @@ class SvgSmartStrategy(AttentionStrategy):
 
     name: ClassVar[str] = "svg-smart"
     Parameters: ClassVar[type[SvgSmartParameters]] = SvgSmartParameters
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(backward=True)
 
     def __init__(self, **parameters: object) -> None:
         super().__init__(**parameters)
@@ -124,6 +124,7 @@ class SvgSmartStrategy(AttentionStrategy):
             pattern = select_patterns(self.planned(query, context), classes)
         return attend_pattern(query, key, value, pattern, self.parameters.backend)
 
+    @torch.no_grad()
     def _head_classes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
@@ -145,6 +146,7 @@ class SvgSmartStrategy(AttentionStrategy):
             self._classes[place] = HeadClasses(context.step_index, classes)
         return classes
 
+    @torch.no_grad()
     def _semantic_pattern(
         self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext
     ) -> SparsePattern:

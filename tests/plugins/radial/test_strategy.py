@@ -71,6 +71,18 @@ def test_full_bands_run_the_block_sparse_operator_and_equal_dense():
     assert strategy.report().density == 1.0 and strategy.report().backends == {"torch": 1}
 
 
+def test_eight_bits_stay_close_to_the_same_mask():
+    query, key, value = random_qkv(LAYOUT)
+    exact, rounded = (
+        RadialStrategy(block_size=64, decay_factor=0.3, use_sage_attention=use)(
+            query, key, value, AttentionContext(LAYOUT)
+        )
+        for use in (False, True)
+    )
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-3 < error < 3.9e-2
+
+
 @pytest.mark.parametrize("text", [1, 16, 77])
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_rows_equal_dense_attention(text, text_first):
@@ -186,7 +198,6 @@ def test_demo_preset_leaves_out_more_than_half():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"use_sage_attention": True}, "use_sage_attention: the 8-bit .* is not available yet"),
         ({"decay_factor": 0}, "decay_factor"),
         ({"decay_factor": float("inf")}, "decay_factor"),
         ({"threshold": 0}, "threshold"),
