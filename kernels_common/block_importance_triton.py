@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels_common.block_sparse_triton import LOG2_E, _aligned, _descriptor
+from kernels_common.triton_launch import LOG2_E, aligned, descriptor
 
 
 @triton.jit
@@ -119,10 +119,10 @@ def pooled_softmax_triton(
     importance = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     config = select_config(block_d, samples, query.dtype)
-    query, key = _aligned(query), _aligned(key)
+    query, key = aligned(query), aligned(key)
     with torch.cuda.device_of(query):
         pooled_softmax_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
-            _descriptor(query, config.tile_m, block_d), _descriptor(key, config.tile_n, block_d), importance,
+            descriptor(query, config.tile_m, block_d), descriptor(key, config.tile_n, block_d), importance,
             queries, key.shape[2], query_blocks, key_blocks, scale * LOG2_E.value,
             HEADS=heads, KV_GROUP=heads // key.shape[1], BLOCK_D=block_d,
             TILE_M=config.tile_m, TILE_N=config.tile_n, SAMPLES_M=samples[0], SAMPLES_N=samples[1],

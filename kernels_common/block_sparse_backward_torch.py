@@ -15,14 +15,14 @@ keys, K gathered keys (kept blocks x N), D head dimension.
 import torch
 
 from core.block_mask import block_count
-from kernels_common.block_sparse_torch import (
+from kernels_common.row_chunks import (
     SCORES_PER_CHUNK_CPU,
     SCORES_PER_CHUNK_OTHER,
-    _causal_bias,
-    _chunks,
-    _gather,
-    _key_blocks,
-    _to_blocks,
+    causal_bias,
+    gather_keys,
+    key_blocks,
+    row_chunks,
+    to_blocks,
 )
 
 
@@ -59,21 +59,21 @@ def block_sparse_attention_backward_torch(
     listed = indices.expand(*rows, -1).flatten(0, 2).index_select(0, order)
     scores_per_chunk = SCORES_PER_CHUNK_CPU if query.device.type == "cpu" else SCORES_PER_CHUNK_OTHER
     blocks_per_chunk = max(scores_per_chunk // (block_size[0] * block_size[1]), listed.shape[1])
-    keys = _key_blocks(key, value, key_lengths, bias, block_size[1], rows, order, blocks_per_chunk)
+    keys = key_blocks(key, value, key_lengths, bias, block_size[1], rows, order, blocks_per_chunk)
     grad_lse = query.new_zeros(1, dtype=precise).expand(query.shape[:3]) if grad_lse is None else grad_lse
     query_RMD, grad_output_RMD, grad_lse_RM1 = (
-        _to_blocks(part, block_size[0]).index_select(0, order)
+        to_blocks(part, block_size[0]).index_select(0, order)
         for part in (query, grad_output, grad_lse[..., None])
     )
 
     grad_query_RMD = torch.zeros_like(query_RMD)
     grad_key, grad_value = (torch.zeros_like(part, dtype=precise) for part in (keys.key, keys.value))
-    for chunk, count in _chunks(sorted_counts, blocks_per_chunk):
+    for chunk, count in row_chunks(sorted_counts, blocks_per_chunk):
         kept = listed[chunk, :count].long()  # entries past the count are undefined
-        key_rKD, value_rKD, bias_rMK = _gather(keys, chunk, kept, head_dim)
+        key_rKD, value_rKD, bias_rMK = gather_keys(keys, chunk, kept, head_dim)
         if causal:
             first = order[chunk] % rows[2] * block_size[0] + key.shape[2] - queries
-            bias_rMK = _causal_bias(bias_rMK, first, kept, block_size, query.dtype)
+            bias_rMK = causal_bias(bias_rMK, first, kept, block_size, query.dtype)
         inputs = (query_RMD[chunk], key_rKD, value_rKD, grad_output_RMD[chunk], grad_lse_RM1[chunk])
         grad_query_rMD, grad_key_rKD, grad_value_rKD = _differentiate(
             *(part.to(precise) for part in inputs), bias_rMK=bias_rMK, scale=scale

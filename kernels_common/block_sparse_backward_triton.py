@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 
 from core.block_mask import BlockSparseMask, block_count
-from kernels_common.block_sparse_triton import (
+from kernels_common.triton_launch import (
     LOG2_E,
     TileConfig,
-    _aligned,
-    _bias_strides,
-    _check_device,
-    _descriptor,
-    _list_strides,
+    aligned,
+    bias_strides,
+    check_device,
+    descriptor,
+    list_strides,
 )
 
 
@@ -316,7 +316,7 @@ def _divide(wanted: TileConfig, block_size: tuple[int, int]) -> TileConfig:
     return wanted if tile == wanted[:2] else TileConfig(*tile, 4, wanted.num_stages)
 
 
-def _row_terms(
+def row_terms(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
     output: torch.Tensor,
@@ -329,7 +329,7 @@ def _row_terms(
     shift, delta = lse.new_empty(2, batch, heads, padded)
     tile = 64
     block_sparse_bwd_rows_kernel[(triton.cdiv(padded, tile), batch * heads)](
-        _descriptor(output, tile, block_d), _descriptor(grad_output, tile, block_d),
+        descriptor(output, tile, block_d), descriptor(grad_output, tile, block_d),
         lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), shift, delta,
         queries, padded,
         QUERY_HEADS=heads, BLOCK_D=block_d, TILE_M=tile, HAS_GRAD_LSE=grad_lse is not None,
@@ -373,7 +373,7 @@ def block_sparse_attention_backward_triton(
     Raises:
         UnsupportedCallError: no CUDA device, or bf16 in Triton's interpreter.
     """
-    _check_device(query)
+    check_device(query)
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     gradients = tuple(torch.empty_like(part) for part in (query, key, value))
@@ -383,7 +383,7 @@ def block_sparse_attention_backward_triton(
     (m, n, warps, stages), for_keys = config or select_backward_config(block_d, block_size, query.dtype)
     padded = block_count(queries, block_size[0]) * block_size[0]
     query, key, value, output, grad_output = (
-        _aligned(part) for part in (query, key, value, output, grad_output)
+        aligned(part) for part in (query, key, value, output, grad_output)
     )
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     transposed = BlockSparseMask(counts, indices, block_size, queries, keys).transposed()
@@ -397,24 +397,24 @@ def block_sparse_attention_backward_triton(
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
     }  # fmt: skip
     with torch.cuda.device_of(query):
-        shift, delta = _row_terms(grad_output, grad_lse, output, lse, padded, block_d)
+        shift, delta = row_terms(grad_output, grad_lse, output, lse, padded, block_d)
         block_sparse_bwd_query_kernel[(triton.cdiv(queries, m), batch * heads)](
-            _descriptor(query, m, block_d), _descriptor(grad_output, m, block_d),
-            _descriptor(key, n, block_d), _descriptor(value, n, block_d),
+            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
+            descriptor(key, n, block_d), descriptor(value, n, block_d),
             grad_query, shift, delta, counts, indices, key_lengths, bias,
             *grad_query.stride()[:3],
-            *_list_strides(counts)[:2], *_list_strides(indices)[:3], *_bias_strides(bias),
+            *list_strides(counts)[:2], *list_strides(indices)[:3], *bias_strides(bias),
             queries, padded, keys, scale, scale * LOG2_E.value,
             QUERY_HEADS=heads, TILE_M=m, TILE_N=n, num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
         m, n, warps, stages = for_keys
         block_sparse_bwd_key_kernel[(triton.cdiv(keys, n), batch * kv_heads)](
-            _descriptor(query, m, block_d), _descriptor(grad_output, m, block_d),
-            _descriptor(key, n, block_d), _descriptor(value, n, block_d),
+            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
+            descriptor(key, n, block_d), descriptor(value, n, block_d),
             grad_key, grad_value, shift, delta, transposed.counts, transposed.indices, key_lengths, bias,
             *grad_key.stride()[:3], *grad_value.stride()[:3],
-            *_list_strides(transposed.counts)[:2], *_list_strides(transposed.indices)[:3],
-            *_bias_strides(bias),
+            *list_strides(transposed.counts)[:2], *list_strides(transposed.indices)[:3],
+            *bias_strides(bias),
             queries, padded, keys, scale, scale * LOG2_E.value,
             KV_HEADS=kv_heads, TILE_M=m, TILE_N=n, num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip

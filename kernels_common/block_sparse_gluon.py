@@ -24,8 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.errors import UnsupportedCallError
 from kernels_common import block_sparse_gluon_64 as head_dim_64
-from kernels_common.block_sparse_gluon_parts import _exp2, _list, _locate, _new_barriers, _store
-from kernels_common.block_sparse_triton import LOG2_E, _aligned, _list_strides
+from kernels_common.block_sparse_gluon_parts import exp2, locate, new_barriers, read_list, store_rows
+from kernels_common.triton_launch import LOG2_E, aligned, list_strides
 
 BLOCK_SIZES = ((128, 128), (128, 64))
 DTYPES = (torch.float16, torch.bfloat16)
@@ -38,7 +38,7 @@ TILE_N = 128
 @gluon.jit
 def _plan(item, items, lists, row_tiles, heads, key_length, MASK_N: gl.constexpr, N: gl.constexpr):
     """Key tiles of a work item (0 past the last item), and valid keys of the tile walked first."""
-    count, list_ptr = _list(gl.minimum(item, items - 1), lists, row_tiles, heads)
+    count, list_ptr = read_list(gl.minimum(item, items - 1), lists, row_tiles, heads)
     valid = key_length - gl.load(list_ptr + gl.maximum(count - 1, 0)) * MASK_N
     tiles = count
     if MASK_N < N:  # two blocks make a tile; the last block of an odd list is alone in its tile
@@ -79,7 +79,7 @@ def _producer(
     step = 0
     work = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, row = _locate(item, row_tiles, heads)
+        batch, head, row = locate(item, row_tiles, heads)
         kv_head = head // group
         slot = work % Q_STAGES
         mbarrier.wait(q_empty.index(slot), ((work // Q_STAGES) & 1) ^ 1)
@@ -91,7 +91,7 @@ def _producer(
             )  # fmt: skip
         work += 1  # noqa: SIM113 (compiled code)
 
-        count, list_ptr = _list(item, lists, row_tiles, heads)
+        count, list_ptr = read_list(item, lists, row_tiles, heads)
         width: gl.constexpr = 2 if PAIRED else 1
         tiles = (count + width - 1) // width
         position = (tiles - 1) * width  # of the first block of a tile
@@ -133,8 +133,8 @@ def _start_scores(query_tile, key_tile, LAYOUT: gl.constexpr, N: gl.constexpr):
 def _softmax(scores, peak, total, scale_log2):
     """One online step: weights [M, N], new peak and total [M], factor on what was summed before [M]."""
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
-    rescale = _exp2(peak - new_peak)
-    weights = _exp2(scores * scale_log2 - new_peak[:, None])
+    rescale = exp2(peak - new_peak)
+    weights = exp2(scores * scale_log2 - new_peak[:, None])
     return weights, new_peak, total * rescale + gl.sum(weights, 1), rescale
 
 
@@ -228,8 +228,8 @@ def _consumer(
         pending = _start_scores(query_tile, _tile(key_ring, slot, D, N, PAIRED), S_LAYOUT, N)
         acc = warpgroup_mma_wait(1, deps=[pending_acc])
         mbarrier.arrive(v_empty.index(value_slot), pred=tiles > 0)
-        _store(acc, peak, total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads, query_length,
-               HALF, D, S_LAYOUT, O_LAYOUT)  # fmt: skip
+        store_rows(acc, peak, total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads,
+                   query_length, HALF, D, S_LAYOUT, O_LAYOUT)  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[pending])
         mbarrier.arrive(k_empty.index(slot), pred=next_tiles > 0)
         tiles = next_tiles
@@ -281,9 +281,9 @@ def block_sparse_fwd_kernel_sm90(
     key_ring = gl.allocate_shared_memory(dtype, [STAGES * boxes, 1, 1, rows, width], key_source.layout)
     value_ring = gl.allocate_shared_memory(dtype, [STAGES * boxes, 1, 1, rows, width], value_source.layout)
     # The producer arrives at "full" (with the bytes it asks for), both consumers at "empty".
-    q_full, q_empty = _new_barriers(Q_STAGES, 1), _new_barriers(Q_STAGES, 2)
-    k_full, k_empty = _new_barriers(STAGES, 1), _new_barriers(STAGES, 2)
-    v_full, v_empty = _new_barriers(STAGES, 1), _new_barriers(STAGES, 2)
+    q_full, q_empty = new_barriers(Q_STAGES, 1), new_barriers(Q_STAGES, 2)
+    k_full, k_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    v_full, v_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     fence_async_shared()
     rings = (query_ring, key_ring, value_ring)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
@@ -372,7 +372,7 @@ def block_sparse_attention_gluon(
     if query.numel() == 0 or key.numel() == 0 or indices.numel() == 0:
         return output.zero_(), lse.fill_(float("-inf"))
     target = output if output.stride(3) == 1 else output.new_empty(output.shape)
-    query, key, value = (_aligned(part) for part in (query, key, value))
+    query, key, value = (aligned(part) for part in (query, key, value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     row_tiles = triton.cdiv(queries, block_size[0])
     items = batch * heads * row_tiles
@@ -394,7 +394,7 @@ def block_sparse_attention_gluon(
     with torch.cuda.device_of(query):
         kernel[(programs,)](
             _source(query, 64, head_dim), _source(key, *box), _source(value, *box), target, lse,
-            counts, indices, *_list_strides(counts)[:2], *_list_strides(indices)[:3], *target.stride()[:3],
+            counts, indices, *list_strides(counts)[:2], *list_strides(indices)[:3], *target.stride()[:3],
             items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
             D=head_dim, N=tile_n, MASK_N=block_size[1], **options, num_warps=4,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels_common.block_sparse_gluon_parts import _exp2, _list, _locate, _new_barriers, _store
+from kernels_common.block_sparse_gluon_parts import exp2, locate, new_barriers, read_list, store_rows
 
 TILE_N = 64
 STAGES = 4  # key and value tiles in flight
@@ -52,7 +52,7 @@ def _producer(
     step = 0
     work = 0
     for item in range(gl.program_id(0) * TEAMS + TEAM, items, gl.num_programs(0) * TEAMS):
-        batch, head, row = _locate(item, row_tiles, heads)
+        batch, head, row = locate(item, row_tiles, heads)
         kv_head = head // group
         slot = work % Q_STAGES
         mbarrier.wait(q_empty.index(slot), ((work // Q_STAGES) & 1) ^ 1)
@@ -64,7 +64,7 @@ def _producer(
             )  # fmt: skip
         work += 1  # noqa: SIM113 (compiled code)
 
-        count, list_ptr = _list(item, lists, row_tiles, heads)
+        count, list_ptr = read_list(item, lists, row_tiles, heads)
         tiles, _ = _plan(count, list_ptr, key_length, MASK_N, N)
         position = tiles - 1
         # Entries are read one tile ahead of their use.
@@ -108,8 +108,8 @@ def _softmax(
     """
     highest = gl.convert_layout(gl.max(_fold(_fold(_fold(scores))), 1), gl.SliceLayout(1, S_LAYOUT))
     new_peak = gl.maximum(peak, highest * scale_log2)
-    rescale = _exp2(peak - new_peak)
-    weights = _exp2(scores * scale_log2 - new_peak[:, None])
+    rescale = exp2(peak - new_peak)
+    weights = exp2(scores * scale_log2 - new_peak[:, None])
     part = gl.sum(gl.sum(weights.reshape([64, N // 8, 4, 2]), 1), 2)
     factor = gl.convert_layout(rescale, gl.SliceLayout(1, T_LAYOUT), assert_trivial=True)
     total = total * factor[:, None] + gl.convert_layout(part, T_LAYOUT, assert_trivial=True)
@@ -136,7 +136,7 @@ def _consumer(  # noqa: PLR0915 (compiled code)
     step = 0
     work = 0
     for item in range(gl.program_id(0) * TEAMS + TEAM, items, gl.num_programs(0) * TEAMS):
-        count, list_ptr = _list(item, lists, row_tiles, heads)
+        count, list_ptr = read_list(item, lists, row_tiles, heads)
         tiles, valid = _plan(count, list_ptr, key_length, MASK_N, N)
         query_slot = work % Q_STAGES
         query_tile = query_ring.index(query_slot * 2 + HALF).reshape([64, D])
@@ -180,7 +180,7 @@ def _consumer(  # noqa: PLR0915 (compiled code)
             mbarrier.arrive(kv_empty.index(value_slot))
         mbarrier.arrive(q_empty.index(query_slot))
         row_total = gl.convert_layout(gl.sum(total, 1), S_ROWS)
-        _store(acc, peak, row_total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads,
+        store_rows(acc, peak, row_total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads,
                query_length, HALF, D, S_LAYOUT, O_LAYOUT)  # fmt: skip
 
 
@@ -194,8 +194,8 @@ def _new_memory(
     query_ring = gl.allocate_shared_memory(dtype, [Q_STAGES * 2, 1, 1, 64, D], query_source.layout)
     key_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], key_source.layout)
     value_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], value_source.layout)
-    q_full, q_empty = _new_barriers(Q_STAGES, 1), _new_barriers(Q_STAGES, 2)
-    k_full, v_full, kv_empty = _new_barriers(STAGES, 1), _new_barriers(STAGES, 1), _new_barriers(STAGES, 2)
+    q_full, q_empty = new_barriers(Q_STAGES, 1), new_barriers(Q_STAGES, 2)
+    k_full, v_full, kv_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     return query_ring, key_ring, value_ring, q_full, q_empty, k_full, v_full, kv_empty
 
 

@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.errors import LayoutError, UnsupportedCallError
 from kernels_common.block_sparse_quantized_sm90 import quantized_fwd_kernel_sm90
-from kernels_common.block_sparse_triton import LOG2_E, _list_strides
 from kernels_common.quantization_triton import quantize_query_key_triton, quantize_value_fp8_triton
+from kernels_common.triton_launch import LOG2_E, list_strides
 
 BLOCK_SIZES = ((128, 128), (128, 64))
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16)
@@ -134,7 +134,7 @@ def block_sparse_attention_quantized_gluon(
         quantized_fwd_kernel_sm90[(programs,)](
             _source(query, head_dim), _source(key, head_dim), _source(value, 64),
             *(part.contiguous() for part in scales), output, lse, counts, indices, counter,
-            *_list_strides(counts)[:2], *_list_strides(indices)[:3], *output.stride()[:3],
+            *list_strides(counts)[:2], *list_strides(indices)[:3], *output.stride()[:3],
             items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
             D=head_dim, STAGES=STAGES[head_dim], MASK_N=block_size[1], num_warps=4,
         )  # fmt: skip

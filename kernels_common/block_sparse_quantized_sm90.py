@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels_common.block_sparse_triton import LN_2
+from kernels_common.triton_launch import LN_2
 
 WEIGHT_LOG2 = gl.constexpr(8.807354922057604)  # log2(448)
 

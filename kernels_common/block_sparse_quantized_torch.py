@@ -17,13 +17,13 @@ from kernels_common.block_sparse_quantized_reference import (
     round_weights,
     skip_tile,
 )
-from kernels_common.block_sparse_torch import (
+from kernels_common.row_chunks import (
     SCORES_PER_CHUNK_CPU,
     SCORES_PER_CHUNK_OTHER,
-    _chunks,
-    _gather,
-    _key_blocks,
-    _to_blocks,
+    gather_keys,
+    key_blocks,
+    row_chunks,
+    to_blocks,
 )
 
 
@@ -55,10 +55,10 @@ def block_sparse_attention_quantized_torch(
     scores_per_chunk = SCORES_PER_CHUNK_CPU if query.device.type == "cpu" else SCORES_PER_CHUNK_OTHER
 
     sorted_counts, order = counts.expand(rows).flatten().sort(stable=True)
-    query_RMD = _to_blocks(query_BHND * (scale * LOG2_E), block_size[0]).index_select(0, order)
+    query_RMD = to_blocks(query_BHND * (scale * LOG2_E), block_size[0]).index_select(0, order)
     listed = indices.expand(*rows, -1).flatten(0, 2).index_select(0, order)
     blocks_per_chunk = max(scores_per_chunk // (block_size[0] * block_size[1]), listed.shape[1])
-    keys = _key_blocks(key_BHND, value_BHND, key_lengths, bias, block_size[1], rows, order, blocks_per_chunk)
+    keys = key_blocks(key_BHND, value_BHND, key_lengths, bias, block_size[1], rows, order, blocks_per_chunk)
     # Without a threshold nothing is that far below a maximum but a tile without valid keys.
     threshold = query_BHND.new_full((heads,), float("inf")) if skip_threshold is None else skip_threshold
     threshold_R = threshold[None, :, None].expand(rows).flatten()[order]
@@ -66,9 +66,9 @@ def block_sparse_attention_quantized_torch(
     output_RMD = torch.zeros_like(query_RMD)
     lse_RM = query_RMD.new_full(query_RMD.shape[:2], float("-inf"))
     skipped_R = torch.zeros_like(sorted_counts)
-    for chunk, count in _chunks(sorted_counts, blocks_per_chunk):
+    for chunk, count in row_chunks(sorted_counts, blocks_per_chunk):
         kept = listed[chunk, :count].long()  # entries past the count are undefined
-        gathered = _gather(keys, chunk, kept, head_dim)
+        gathered = gather_keys(keys, chunk, kept, head_dim)
         output_RMD[chunk], lse_RM[chunk], skipped_R[chunk] = _attend_tiles(
             query_RMD[chunk],
             *gathered,

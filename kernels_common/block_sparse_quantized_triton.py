@@ -21,16 +21,9 @@ import triton.language as tl
 
 from core.errors import UnsupportedCallError
 from kernels_common.block_sparse_quantized_reference import skip_tile
-from kernels_common.block_sparse_triton import (
-    LN_2,
-    LOG2_E,
-    _aligned,
-    _bias_strides,
-    _descriptor,
-    _list_strides,
-)
 from kernels_common.quantization import GROUP
 from kernels_common.quantization_triton import quantize_query_key_triton, quantize_value_fp8_triton
+from kernels_common.triton_launch import LN_2, LOG2_E, aligned, bias_strides, descriptor, list_strides
 
 FP8_CAPABILITY = (8, 9)
 FP8_KEY_BLOCK = 32  # tokens that one FP8 instruction sums
@@ -374,18 +367,18 @@ def block_sparse_attention_quantized_triton(
     if quantization == "int8_fp8":
         value, value_scale = quantize_value_fp8_triton(value, key_lengths=key_lengths)
         value_box = (block_d, config.tile_n)
-    query, key, value = (_aligned(part) for part in (query, key, value))
+    query, key, value = (aligned(part) for part in (query, key, value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     key_lengths = None if key_lengths is None else key_lengths.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     skip_threshold = None if skip_threshold is None else skip_threshold.contiguous()
     with torch.cuda.device_of(query):
         block_sparse_quantized_fwd_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
-            _descriptor(query, config.tile_m, block_d), _descriptor(key, config.tile_n, block_d),
-            _descriptor(value, *value_box), query_scale, key_scale, value_scale, mean_scores,
+            descriptor(query, config.tile_m, block_d), descriptor(key, config.tile_n, block_d),
+            descriptor(value, *value_box), query_scale, key_scale, value_scale, mean_scores,
             target, lse, skipped, counts, indices, key_lengths, bias, skip_threshold,
             *target.stride()[:3],
-            *_list_strides(counts)[:2], *_list_strides(indices)[:3], *_bias_strides(bias),
+            *list_strides(counts)[:2], *list_strides(indices)[:3], *bias_strides(bias),
             queries, keys, counts.shape[2], scale,
             QUERY_HEADS=heads, KV_GROUP=heads // key.shape[1],
             BIAS_GROUP=1 if bias is None else heads // bias.shape[1],

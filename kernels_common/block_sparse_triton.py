@@ -9,27 +9,21 @@ Shape letters: M and N tokens of a query and a key tile, D head dimension padded
 """
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from core.errors import UnsupportedCallError
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class TileConfig(NamedTuple):
-    """Kernel tile and launch parameters."""
-
-    tile_m: int
-    tile_n: int
-    num_warps: int
-    num_stages: int
+from kernels_common.triton_launch import (
+    LN_2,
+    LOG2_E,
+    TileConfig,
+    aligned,
+    bias_strides,
+    check_device,
+    descriptor,
+    list_strides,
+)
 
 
 @triton.jit
@@ -179,48 +173,6 @@ def select_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype)
     return wanted._replace(tile_m=tile_m, tile_n=tile_n)
 
 
-def _check_device(query: torch.Tensor) -> None:
-    interpreted = not isinstance(block_sparse_fwd_kernel, triton.JITFunction)
-    if query.device.type != "cuda" and not interpreted:
-        raise UnsupportedCallError(
-            f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), got {query.device}; "
-            "use backend='torch'"
-        )
-    if interpreted and query.dtype == torch.bfloat16:
-        raise UnsupportedCallError("Triton's interpreter computes bf16 wrongly; use fp32 or fp16 there")
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, or a copy, with 16-byte aligned rows: what the tensor memory accelerator can address."""
-    per_16_bytes = 16 // tensor.element_size()
-    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
-    in_place = tensor.stride(3) == 1 and all(step > 0 and step % per_16_bytes == 0 for step in steps)
-    if in_place and tensor.data_ptr() % 16 == 0:
-        return tensor
-    padded = F.pad(tensor, (0, -tensor.shape[3] % per_16_bytes)).contiguous()
-    return padded[..., : tensor.shape[3]]
-
-
-def _descriptor(tensor: torch.Tensor, tile: int, block_d: int) -> TensorDescriptor:
-    """Tiles of one head; strides of single-entry dimensions are arbitrary and are made valid."""
-    pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    strides = [stride if size > 1 else block_d for size, stride in pairs]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, tile, block_d])
-
-
-def _list_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides with 0 in single-entry batch and head dimensions, which stand for all."""
-    batch, head, *rest = tensor.stride()
-    return (batch * (tensor.shape[0] > 1), head * (tensor.shape[1] > 1), *rest)
-
-
-def _bias_strides(bias: torch.Tensor | None) -> tuple[int, int]:
-    if bias is None:
-        return 0, 0
-    batch, head, _ = _list_strides(bias)
-    return batch, head
-
-
 def block_sparse_attention_triton(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -248,24 +200,24 @@ def block_sparse_attention_triton(
     Raises:
         UnsupportedCallError: no CUDA device, or bf16 in Triton's interpreter.
     """
-    _check_device(query)
+    check_device(query)
     batch, heads, queries, head_dim = query.shape
     output = torch.empty_like(query)  # keeps the memory order of a dense query, whatever it is
     target = output if output.stride(3) == 1 else output.new_empty(output.shape)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     config = config or select_config(block_d, block_size, query.dtype)
-    query, key, value = (_aligned(part) for part in (query, key, value))
+    query, key, value = (aligned(part) for part in (query, key, value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     key_lengths = None if key_lengths is None else key_lengths.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     with torch.cuda.device_of(query):
         block_sparse_fwd_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
-            _descriptor(query, config.tile_m, block_d),
-            _descriptor(key, config.tile_n, block_d), _descriptor(value, config.tile_n, block_d),
+            descriptor(query, config.tile_m, block_d),
+            descriptor(key, config.tile_n, block_d), descriptor(value, config.tile_n, block_d),
             target, lse, counts, indices, key_lengths, bias,
             *target.stride()[:3],
-            *_list_strides(counts)[:2], *_list_strides(indices)[:3], *_bias_strides(bias),
+            *list_strides(counts)[:2], *list_strides(indices)[:3], *bias_strides(bias),
             queries, key.shape[2], scale * LOG2_E.value,
             QUERY_HEADS=heads, KV_GROUP=heads // key.shape[1],
             BIAS_GROUP=1 if bias is None else heads // bias.shape[1],

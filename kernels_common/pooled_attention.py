@@ -233,11 +233,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    output = ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second time
     gradients = pooled_attention_backward_op(
-        torch.zeros_like(output) if grad_output is None else grad_output,
+        torch.zeros_like(saved[3]) if grad_output is None else grad_output,
         grad_lse,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.parameters,
     )
     return *gradients, *(None,) * 6

@@ -18,20 +18,13 @@ import triton.language as tl
 
 from core.block_mask import block_count
 from core.level_mask import LEVELS, LevelMask
-from kernels_common.block_sparse_backward_triton import BackwardConfig, _row_terms
-from kernels_common.block_sparse_triton import (
-    LOG2_E,
-    TileConfig,
-    _aligned,
-    _check_device,
-    _descriptor,
-    _list_strides,
-)
+from kernels_common.block_sparse_backward_triton import BackwardConfig, row_terms
 from kernels_common.pooled_attention_triton import (
     pool_triton,
     pooled_rows,
     tail_scores,
 )
+from kernels_common.triton_launch import LOG2_E, TileConfig, aligned, check_device, descriptor, list_strides
 
 
 @triton.jit
@@ -374,7 +367,7 @@ def pooled_attention_backward_triton(
     Raises:
         UnsupportedCallError: no CUDA device, or bf16 in Triton's interpreter.
     """
-    _check_device(query)
+    check_device(query)
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     blocks = block_count(keys, block_size[1])
@@ -385,7 +378,7 @@ def pooled_attention_backward_triton(
     padded = block_count(queries, block_size[0]) * block_size[0]
     given_key, given_value = key, value
     query, key, value, output, grad_output = (
-        _aligned(part) for part in (query, key, value, output, grad_output)
+        aligned(part) for part in (query, key, value, output, grad_output)
     )
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     lists_of_keys = LevelMask(counts, indices, block_size, queries, keys).transposed_lists()
@@ -395,14 +388,14 @@ def pooled_attention_backward_triton(
     }  # fmt: skip
     with torch.cuda.device_of(query):
         pooled = [pool_triton(part, block_size[1], block_d) for part in (key, value)]
-        shift, delta = _row_terms(grad_output, grad_lse, output, lse, padded, block_d)
+        shift, delta = row_terms(grad_output, grad_lse, output, lse, padded, block_d)
         wanted_m, pooled_n, warps, stages = for_query
         m, n = math.gcd(wanted_m, block_size[0]), math.gcd(pooled_n, block_size[1])
         pooled_attention_bwd_query_kernel[(triton.cdiv(queries, m), batch * heads)](
-            _descriptor(query, m, block_d), _descriptor(grad_output, m, block_d),
-            _descriptor(key, n, block_d), _descriptor(value, n, block_d),
+            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
+            descriptor(key, n, block_d), descriptor(value, n, block_d),
             *pooled, target, shift, delta, counts, indices,
-            *target.stride()[:3], *_list_strides(counts)[:3], *_list_strides(indices)[:3],
+            *target.stride()[:3], *list_strides(counts)[:3], *list_strides(indices)[:3],
             queries, padded, keys, blocks, scale, scale * LOG2_E.value,
             QUERY_HEADS=heads, TILE_M=m, TILE_N=n, POOLED_N=pooled_n, MASK_N=block_size[1],
             num_warps=warps, num_stages=stages, **shared,
@@ -421,10 +414,10 @@ def pooled_attention_backward_triton(
             grad_keys = grad_levels.narrow(3, first_row, level_rows)
             tile = key_tile_of_level(wanted_n, width)
             pooled_attention_bwd_key_kernel[(blocks * triton.cdiv(width, tile), batch * kv_heads)](
-                _descriptor(query, m, block_d), _descriptor(grad_output, m, block_d),
+                descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
                 *level_keys, *grad_keys, shift, delta, *lists_of_keys,
                 *level_keys[0].stride()[:3], *level_keys[1].stride()[:3], grad_levels.stride(2),
-                *_list_strides(lists_of_keys[0])[:3], *_list_strides(lists_of_keys[1])[:3],
+                *list_strides(lists_of_keys[0])[:3], *list_strides(lists_of_keys[1])[:3],
                 padded, triton.cdiv(keys, LEVELS[log2_level]), scale, scale * LOG2_E.value,
                 KV_HEADS=kv_heads, TILE_M=m, TILE_N=tile, WIDTH=width, LOG2_LEVEL=log2_level,
                 num_warps=warps, num_stages=stages, **shared,

@@ -20,15 +20,15 @@ import triton
 import triton.language as tl
 
 from core.block_mask import block_count
-from kernels_common.block_sparse_triton import (
+from kernels_common.block_sparse_triton import select_config
+from kernels_common.triton_launch import (
     LN_2,
     LOG2_E,
     TileConfig,
-    _aligned,
-    _check_device,
-    _descriptor,
-    _list_strides,
-    select_config,
+    aligned,
+    check_device,
+    descriptor,
+    list_strides,
 )
 
 
@@ -312,21 +312,21 @@ def pooled_attention_triton(
     Raises:
         UnsupportedCallError: no CUDA device, or bf16 in Triton's interpreter.
     """
-    _check_device(query)
+    check_device(query)
     batch, heads, queries, head_dim = query.shape
     output = torch.empty_like(query)  # keeps the memory order of a dense query, whatever it is
     target = output if output.stride(3) == 1 else output.new_empty(output.shape)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     (m, n, warps, stages), pooled_n = config or select_pooled_config(block_d, block_size, query.dtype)
-    query, key, value = (_aligned(part) for part in (query, key, value))
+    query, key, value = (aligned(part) for part in (query, key, value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     with torch.cuda.device_of(query):
         pooled_key, pooled_value = (pool_triton(part, block_size[1], block_d) for part in (key, value))
         pooled_attention_fwd_kernel[(triton.cdiv(queries, m), batch * heads)](
-            _descriptor(query, m, block_d), _descriptor(key, n, block_d), _descriptor(value, n, block_d),
+            descriptor(query, m, block_d), descriptor(key, n, block_d), descriptor(value, n, block_d),
             pooled_key, pooled_value, target, lse, counts, indices,
-            *target.stride()[:3], *_list_strides(counts)[:3], *_list_strides(indices)[:3],
+            *target.stride()[:3], *list_strides(counts)[:3], *list_strides(indices)[:3],
             queries, key.shape[2], block_count(key.shape[2], block_size[1]), scale * LOG2_E.value,
             QUERY_HEADS=heads, KV_GROUP=heads // key.shape[1],
             HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_M=m, TILE_N=n, POOLED_N=pooled_n,
