@@ -160,6 +160,8 @@ class AttentionStrategy(ABC):
     ) -> torch.Tensor:
         """Check the call, run it dense or sparse, guard the output and record what ran.
 
+        Under autocast the tensors are cast first, as torch does for its own attention.
+
         Returns:
             Tensor: ``[B, Hq, Nq, D]``.
 
@@ -168,6 +170,7 @@ class AttentionStrategy(ABC):
             UnsupportedCallError: the call is outside ``capabilities``.
             NonFiniteOutputError: see the parameter ``nan_guard``.
         """
+        query, key, value = _autocast(query, key, value)
         self._check_call(query, key, value, context)
         stopwatch = self.record.start(query.device)
         dense_reason = self._warm_up_reason(context)
@@ -260,6 +263,14 @@ class AttentionStrategy(ABC):
             raise UnsupportedCallError(
                 f"strategy '{self.name}' has no backward pass; call it under torch.no_grad()"
             )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype of autocast where it is on: norms leave fp32 beside projections in bf16."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def dense_result(

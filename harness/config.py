@@ -171,7 +171,7 @@ def _choose_prompts(options: Namespace) -> list[str]:
     count = options.prompts
     if count != "all" and not (isinstance(count, int) and count > 0):
         raise BenchError(f"--prompts must be a positive number or 'all', got '{count}'")
-    path = Path(options.prompts_file) if options.prompts_file else _default_prompts(options.model)
+    path = Path(options.prompts_file) if options.prompts_file else default_prompts(options.model)
     prompts = read_prompts(path)
     if count == "all":
         return prompts
@@ -180,7 +180,8 @@ def _choose_prompts(options: Namespace) -> list[str]:
     return prompts[:count]
 
 
-def _default_prompts(model: str) -> Path:
+def default_prompts(model: str) -> Path:
+    """The prompts file that fits a model: of this folder if it has one, else of the source tree."""
     name = SHORT_PROMPTS if model in {DEMO, TINY} else LONG_PROMPTS
     return Path(name) if Path(name).exists() else SOURCE_ROOT / name
 

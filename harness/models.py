@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from harness.errors import BenchError
-from harness.tiny_model import build_tiny_pipeline
+from harness.tiny_model import build_random_2b_pipeline, build_tiny_pipeline
 
 DEMO = "demo"
 TINY = "tiny-random"
+RANDOM_2B = "cogvideox-2b-random"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_REASON = 300
 SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder times 2 of the patches
@@ -129,7 +130,7 @@ def check_request(model: str, requested: dict[str, Any]) -> None:
         raise BenchError(f"--num-frames must be at most {MOST_FRAMES}, got {frames}")
     if model == DEMO:
         _check_demo_size(requested)
-    elif model != TINY:
+    elif model not in {TINY, RANDOM_2B}:
         _check_exists(model)
 
 
@@ -143,7 +144,7 @@ def load_model(
     """Load a CogVideoX pipeline.
 
     Args:
-        name (str): ``"demo"``, ``"tiny-random"``, a folder or a hub id.
+        name (str): ``"demo"``, ``"tiny-random"``, ``"cogvideox-2b-random"``, a folder or a hub id.
         requested (dict): settings that replace the model's own; None where not given.
         device (torch.device): where to run.
         dtype (str, Optional): key of `DTYPES`. Default: see `default_dtype`
@@ -154,7 +155,12 @@ def load_model(
     """
     dtype = dtype or default_dtype(name, device)
     silence_libraries()
-    pipeline = _tiny(DTYPES[dtype]) if name == TINY else _read_pipeline(name, DTYPES[dtype])
+    if name == TINY:
+        pipeline = _tiny(DTYPES[dtype])
+    elif name == RANDOM_2B:
+        pipeline = build_random_2b_pipeline(DTYPES[dtype], device)
+    else:
+        pipeline = _read_pipeline(name, DTYPES[dtype])
     settings = _own_settings(name, pipeline).changed(requested)
     _check_settings(name, pipeline, settings)
     pipeline.set_progress_bar_config(disable=True)
@@ -200,8 +206,8 @@ def _check_exists(name: str) -> None:
         return
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
         raise BenchError(
-            f"there is no model '{name}'; expected {DEMO}, {TINY}, an existing folder or a hub id such as "
-            "zai-org/CogVideoX-2b"
+            f"there is no model '{name}'; expected {DEMO}, {TINY}, {RANDOM_2B}, an existing folder or a hub "
+            "id such as zai-org/CogVideoX-2b"
         )
 
 

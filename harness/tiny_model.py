@@ -1,4 +1,5 @@
-"""The model ``tiny-random``: a whole CogVideoX pipeline with random weights, for trying things out."""
+"""CogVideoX pipelines with random weights: ``tiny-random`` for trying things out, ``cogvideox-2b-random`` for
+measuring at the true size without a download."""
 
 from typing import Any
 
@@ -16,16 +17,48 @@ def build_tiny_pipeline() -> Any:
     """
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-    tokenizer = _letter_tokenizer()
+    tokenizer = _letter_tokenizer(TEXT_LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts = (_text_encoder(len(tokenizer)), _vae(), _transformer())
+        parts = (_text_encoder(len(tokenizer), TEXT_DIM), _vae(LATENT_CHANNELS), _transformer())
     for part in parts:
         part.eval()
     return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
 
 
-def _letter_tokenizer() -> Any:
+def build_random_2b_pipeline(dtype: torch.dtype, device: torch.device) -> Any:
+    """A `CogVideoXPipeline` whose transformer has the architecture of CogVideoX-2b and fixed random weights.
+
+    Text encoder and autoencoder are tiny. Times and memory of denoising are those of the real model; videos
+    are noise, and so are errors of strategies that look at the inputs.
+
+    Args:
+        dtype (torch.dtype): of the weights, which are made in it.
+        device (torch.device): where the weights are made.
+    """
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    usual = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            transformer = CogVideoXTransformer3DModel()  # the defaults of diffusers are this model
+        finally:
+            torch.set_default_dtype(usual)
+        config = transformer.config
+        tokenizer = _letter_tokenizer(config.max_text_seq_length)
+        parts = (
+            _text_encoder(len(tokenizer), config.text_embed_dim).to(dtype),
+            _vae(config.in_channels).to(dtype),
+            transformer,
+        )
+    for part in parts:
+        part.eval()
+    return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
+
+
+def _letter_tokenizer(length: int) -> Any:
     from tokenizers import Tokenizer, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -40,16 +73,16 @@ def _letter_tokenizer() -> Any:
         pad_token=special[0],
         eos_token=special[1],
         unk_token=special[2],
-        model_max_length=TEXT_LENGTH,
+        model_max_length=length,
     )
 
 
-def _text_encoder(vocabulary: int) -> Any:
+def _text_encoder(vocabulary: int, width: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
         vocab_size=vocabulary,
-        d_model=TEXT_DIM,
+        d_model=width,
         d_kv=8,
         d_ff=64,
         num_layers=2,
@@ -62,14 +95,14 @@ def _text_encoder(vocabulary: int) -> Any:
     return T5EncoderModel(config)
 
 
-def _vae() -> Any:
+def _vae(latent_channels: int) -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8),
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,

@@ -7,5 +7,6 @@ from core.hookspecs import hookimpl
 @hookimpl
 def register_model_adapters() -> list[ModelAdapter]:
     from core.processors.cogvideox import CogVideoXAdapter
+    from core.processors.flux import FluxAdapter
 
-    return [CogVideoXAdapter()]
+    return [CogVideoXAdapter(), FluxAdapter()]

@@ -152,3 +152,13 @@ def test_call_generator_depends_on_seed_layer_and_step_only():
     assert (
         len({tuple(draw(*place)) for place in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3), (0, 12, 0)]}) == 5
     )
+
+
+def test_autocast_casts_as_torch_does_for_its_own_attention():
+    """Norms leave fp32 queries and keys beside bf16 values."""
+    query, key, value = random_qkv(LAYOUT)
+    mixed = (query, key, value.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = Half()(*mixed, AttentionContext(LAYOUT))
+        expected = torch.nn.functional.scaled_dot_product_attention(*mixed)
+    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)

@@ -5,9 +5,22 @@ from typing import ClassVar
 import pytest
 import torch
 
-from core import AttentionContext, BlockSparseMask, ParameterError, TokenLayout
+from core import (
+    AttentionContext,
+    BlockSparseMask,
+    LevelMask,
+    ParameterError,
+    TokenLayout,
+    UnsupportedCallError,
+)
 from core.testing import StrategyConformance, dense_fp64, random_qkv
-from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
+from kernels_common.pooled_attention_reference import pooled_attention_reference
+from kernels_common.strategy import (
+    BlockSparseParameters,
+    BlockSparseStrategy,
+    SparsePattern,
+    attend_pattern,
+)
 
 
 class BandInOrder(BlockSparseStrategy):
@@ -48,3 +61,29 @@ def test_block_size_is_read_from_text_and_checked():
     assert BlockSparseParameters(block_size="64").block_size == 64
     with pytest.raises(ParameterError, match="block_size: Input should be 64 or 128, got 96"):
         BandInOrder(block_size="96")
+
+
+def level_pattern(length, order=None, **options):
+    levels = torch.tensor([1, 2, 0, 4, 8], dtype=torch.int8)
+    rows = -(-length // 64)
+    places = (torch.arange(rows)[:, None] + torch.arange(rows)) % len(levels)
+    mask = LevelMask.from_levels(levels[places], (64, 64), length, length)
+    return SparsePattern(mask, mask.density(), order, **options)
+
+
+def test_a_level_mask_runs_pooled_attention_in_its_order(generator):
+    tensors = torch.randn(3, 1, 2, 330, 64, generator=generator).unbind(0)
+    order = torch.randperm(330, generator=generator)
+    pattern = level_pattern(330, order)
+    result = attend_pattern(*tensors, pattern, "auto")
+    moved = (part[:, :, order].double() for part in tensors)
+    expected, _ = pooled_attention_reference(*moved, pattern.mask, scale=1 / 8)
+    assert (result.output[:, :, order] - expected).abs().max() < 5e-6
+    assert result.backend == "torch" and result.density == pattern.density
+
+
+@pytest.mark.parametrize("causal, options", [(True, {}), (False, {"quantization": "int8_fp16"})], ids=str)
+def test_pooled_blocks_refuse_what_their_operator_does_not_know(causal, options):
+    tensors = torch.zeros(3, 1, 2, 330, 64).unbind(0)
+    with pytest.raises(UnsupportedCallError, match="use a BlockSparseMask"):
+        attend_pattern(*tensors, level_pattern(330, **options), "auto", causal=causal)

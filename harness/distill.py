@@ -1,0 +1,231 @@
+"""``python -m harness.distill``: fine-tune a model under sparse attention towards its own dense outputs.
+
+    python -m harness.distill --strategy gilbert-block:block_size=64,selection=topk,keep_ratio=0.1 \\
+        --output runs/distill
+
+The output folder gets the trained transformer, ``distill.json`` with every figure, the curve of the error,
+and for each held-out prompt one clip: dense, sparse before, sparse after. Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from core import SparseAttnError, UnsupportedCallError, create_strategy
+from harness.config import default_prompts, read_prompts
+from harness.distillation import DistillSettings, distill, record_teacher
+from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.errors import BenchError
+from harness.generate import generate
+from harness.jobs import StrategySpec, parse_spec
+from harness.metrics import psnr_db
+from harness.models import DEMO, LoadedModel, check_request, load_model
+from harness.run_folder import utc_now
+from harness.video import write_mp4
+
+DONE, BAD_INPUT = 0, 2
+HELD_OUT_SEED, TRAINING_SEED = 0, 1000
+SMOOTHING = 16  # updates that one point of the curve is the mean of
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Checked settings of one call.
+
+    Args:
+        spec (StrategySpec): sparse attention to train under.
+        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        held_out (list[str]): prompts of the comparison.
+        prompts (list[str]): prompts to learn from.
+        settings (DistillSettings): how to train.
+        steps (int, Optional): steps of the schedule. Default: the model's
+        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
+        output (Path): folder to write.
+    """
+
+    spec: StrategySpec
+    model: str
+    held_out: list[str]
+    prompts: list[str]
+    settings: DistillSettings
+    steps: int | None
+    device: str
+    output: Path
+
+
+class Videos(NamedTuple):
+    """Frames of the held-out prompts, and the mean executed density."""
+
+    frames: list[np.ndarray]
+    density: float
+
+
+def parse_arguments(arguments: list[str]) -> DistillConfig:
+    """Read the command line.
+
+    Raises:
+        BenchError: an option has a wrong value.
+        SparseAttnError: the strategy does not exist, or cannot be trained under.
+    """
+    parser = ArgumentParser(prog="python -m harness.distill", description=__doc__, exit_on_error=False)
+    parser.add_argument("--strategy", type=str, required=True, help="NAME or NAME:key=value,...")
+    parser.add_argument("--model", type=str, default=DEMO, help="demo, a folder or a hub id")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts to learn from")
+    parser.add_argument("--held-out", type=int, default=2, help="prompts of the comparison, the first ones")
+    parser.add_argument("--updates", type=int, default=64, help="updates, one denoiser call each")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate")
+    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    try:
+        options = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise BenchError(" ".join(str(error).split())) from None
+    for name in ("prompts", "held_out", "updates"):
+        if getattr(options, name) < 1:
+            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if not options.learning_rate > 0:
+        raise BenchError(f"--learning-rate must be above 0, got {options.learning_rate}")
+    spec = parse_spec(options.strategy)
+    if not spec.create().capabilities.backward:
+        raise UnsupportedCallError(f"strategy '{spec.name}' has no backward pass, so nothing can be trained")
+    prompts = read_prompts(default_prompts(options.model))
+    if len(prompts) < options.prompts + options.held_out:
+        most = len(prompts) - options.held_out
+        raise BenchError(f"--prompts must be at most {most} beside the held-out ones, got {options.prompts}")
+    return DistillConfig(
+        spec=spec,
+        model=options.model,
+        held_out=prompts[: options.held_out],
+        prompts=prompts[options.held_out : options.held_out + options.prompts],
+        settings=DistillSettings(options.updates, options.learning_rate),
+        steps=options.steps,
+        device=options.device,
+        output=options.output,
+    )
+
+
+def run(config: DistillConfig, command: str) -> dict[str, Any]:
+    """Generate, train, compare and write everything.
+
+    Returns:
+        dict: the content of ``distill.json``.
+    """
+    started = time.perf_counter()
+    check_request(config.model, {"steps": config.steps})
+    device = resolve_device(config.device)
+    model = load_model(config.model, {"steps": config.steps}, device, "float32")
+    config.output.mkdir(parents=True, exist_ok=True)
+    dense = _videos(model, None, config.held_out)
+    before = _videos(model, config.spec, config.held_out)
+    calls = record_teacher(model, config.prompts, TRAINING_SEED)
+    recorded = time.perf_counter()
+    seconds = recorded - started
+    print(f"{len(calls)} dense calls of {len(config.prompts)} videos recorded, {seconds:.0f} s", flush=True)
+    errors = distill(model, config.spec.create(), calls, config.settings, _print_update)
+    trained = time.perf_counter()
+    after = _videos(model, config.spec, config.held_out)
+    dense_after = _videos(model, None, config.held_out)
+    model.pipeline.transformer.save_pretrained(config.output / "transformer")
+    commit, dirty = git_state()
+    record = {
+        "strategy": config.spec.label,
+        "model": model.name,
+        "density": round(after.density, 4),
+        "psnr_to_dense_db": {
+            "before": _likeness(before, dense),
+            "after": _likeness(after, dense),
+            "dense_with_trained_weights": _likeness(dense_after, dense),
+        },
+        "held_out": config.held_out,
+        "training_prompts": len(config.prompts),
+        "updates": config.settings.updates,
+        "learning_rate": config.settings.learning_rate,
+        "relative_errors": [round(error, 5) for error in errors],
+        "training_s": round(trained - recorded, 1),
+        "total_s": round(time.perf_counter() - started, 1),
+        "device": device_name(device),
+        "versions": package_versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": utc_now(),
+        "command": command,
+    }
+    (config.output / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _draw_curve(errors, config.output / "curve.png")
+    for number, columns in enumerate(zip(dense.frames, before.frames, after.frames, strict=True)):
+        write_mp4(config.output / f"clip_{number}.mp4", np.concatenate(columns, axis=2), model.settings.fps)
+    return record
+
+
+def _videos(model: LoadedModel, spec: StrategySpec | None, prompts: Sequence[str]) -> Videos:
+    frames, densities = [], []
+    for prompt in prompts:
+        strategy = create_strategy("dense") if spec is None else spec.create()
+        generated = generate(model, strategy, prompt, HELD_OUT_SEED)
+        frames.append(generated.frames)
+        densities.append(generated.denoised.report.density)
+    return Videos(frames, sum(densities) / len(densities))
+
+
+def _likeness(videos: Videos, reference: Videos) -> list[float]:
+    """PSNR of every video to the reference, in dB."""
+    pairs = zip(videos.frames, reference.frames, strict=True)
+    return [round(float(psnr_db(video, dense) or 0.0), 3) for video, dense in pairs]
+
+
+def _print_update(number: int, error: float) -> None:
+    print(f"update {number}: relative error {error:.4f}", flush=True)
+
+
+def _draw_curve(errors: Sequence[float], path: Path) -> None:
+    """Error of every update, and its running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    updates = np.arange(1, len(errors) + 1)
+    width = min(SMOOTHING, len(errors))
+    means = np.convolve(errors, np.ones(width) / width, mode="valid")
+    axes.plot(updates, errors, ".", markersize=3, alpha=0.5, label="one call")
+    axes.plot(updates[width - 1 :], means, label=f"mean of {width}")
+    axes.set(xlabel="update", ylabel="relative error to dense", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Distill and print what it brought.
+
+    Args:
+        argv (list[str], Optional): arguments without the program's name. Default: the process's own
+
+    Returns:
+        int: exit code, see the module.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse_arguments(arguments)
+        record = run(config, shlex.join(["python", "-m", "harness.distill", *arguments]))
+    except (BenchError, SparseAttnError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    for name, values in record["psnr_to_dense_db"].items():
+        print(f"PSNR to dense, {name}: {sum(values) / len(values):.2f} dB")
+    print(f"density {record['density']:.3f}, {record['total_s']} s; see {config.output}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

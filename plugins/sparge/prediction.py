@@ -1,0 +1,158 @@
+"""Which blocks a call keeps: mean tokens of blocks, their softmax, and a choice per row."""
+
+import torch
+
+from core.block_mask import BlockSparseMask, block_count
+from core.layout import TokenLayout
+from kernels_common.block_importance import mean_pool_importance
+from kernels_common.block_statistics import block_means, token_mean
+from kernels_common.selection import lists_from_blocks, select_mass, select_top_k
+
+
+def predict_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_size: tuple[int, int],
+    *,
+    top_k: int | float | torch.Tensor | None = None,
+    cdf: float | torch.Tensor | None = None,
+    similarity_threshold: float | torch.Tensor | None = None,
+    scale: float | None = None,
+    forced: torch.Tensor | None = None,
+    causal: bool = False,
+) -> BlockSparseMask:
+    """Blocks that carry most of the attention between mean tokens (SpargeAttn, arXiv 2502.18137, section 3).
+
+    Blocks whose tokens differ (self-similarity up to the threshold, of keys centred by their mean unless
+    the call is causal) have a mean that says nothing: such key blocks are kept in every row, and such query
+    blocks keep every key.
+
+    The queries of a block share one choice. In a causal call it depends on them and on earlier tokens only.
+
+    Args:
+        query (Tensor): ``[B, Hq, Nq, D]``.
+        key (Tensor): ``[B, Hkv, Nk, D]``; Hq is a multiple of Hkv.
+        block_size (tuple[int, int]): tokens of a (query block, key block).
+        top_k (int | float | Tensor, Optional): key blocks per row, or their share, or one of either per
+            head; see :func:`kernels_common.select_top_k`. Either this or ``cdf`` is given.
+        cdf (float | Tensor, Optional): share of the estimated attention that the kept blocks hold at most,
+            one number or one per head; see :func:`kernels_common.select_mass`.
+        similarity_threshold (float | Tensor, Optional): self-similarity from 0 to 1, one number or one per
+            query head. Default: every block is taken as alike
+        scale (float, Optional): factor on the scores. Default: ``1 / sqrt(D)``
+        forced (Tensor, Optional): blocks kept in any case, bool, broadcastable to ``[B, Hq, Mq, Mk]``.
+            Forced and unlike blocks are not counted in ``top_k`` and ``cdf``. Default: none
+        causal (bool): no query sees a later key (Nq = Nk): blocks behind a row are left out, and those that
+            hold tokens of the row itself are kept; neither is counted. Default: False
+
+    Returns:
+        BlockSparseMask: ``[B, Hq]`` lists.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    query_blocks = block_means(query, block_size[0])
+    # The softmax over blocks is blind to a shared offset; self-similarity is not. A causal row must not
+    # depend on later keys, and their mean does.
+    offset = token_mean(key) if similarity_threshold is not None and not causal else None
+    key_blocks = block_means(key, block_size[1], subtract=offset)
+    if similarity_threshold is not None:
+        unlike = _unlike(query_blocks.similarity, key_blocks.similarity, similarity_threshold)
+        forced = unlike if forced is None else unlike | forced
+    lengths = (block_size, queries, keys)
+    if not causal:
+        importance = mean_pool_importance(query_blocks.mean, key_blocks.mean, scale=scale)
+        return _select(importance, lengths, top_k, cdf, forced)
+    visible, own = causal_blocks(queries, block_size, query.device)
+    importance = _past_importance(query_blocks.mean, key_blocks.mean, visible & ~own, scale)
+    mask = _select(importance, lengths, top_k, cdf, own if forced is None else own | forced)
+    return BlockSparseMask(*lists_from_blocks(mask.to_blocks() & visible), block_size, queries, keys)
+
+
+def _past_importance(
+    query_means: torch.Tensor, key_means: torch.Tensor, past: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Attention of mean query tokens to mean key tokens where ``past`` ``[Mq, Mk]`` allows, else 0."""
+    scale = query_means.shape[3] ** -0.5 if scale is None else scale
+    grouped = query_means.unflatten(1, (key_means.shape[1], -1)) * scale  # [B, Hkv, Hq / Hkv, Mq, D]
+    scores = grouped @ key_means[:, :, None].transpose(3, 4)
+    hidden = ~past
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # -inf could make a row NaN
+    return scores.softmax(-1).masked_fill_(hidden, 0.0).flatten(1, 2)
+
+
+def _select(
+    importance: torch.Tensor,
+    lengths: tuple[tuple[int, int], int, int],
+    top_k: int | float | torch.Tensor | None,
+    cdf: float | torch.Tensor | None,
+    forced: torch.Tensor | None,
+) -> BlockSparseMask:
+    if cdf is not None:
+        return select_mass(importance, cdf, *lengths, include_crossing=False, forced=forced)
+    assert top_k is not None
+    return select_top_k(importance, top_k, *lengths, forced=forced)
+
+
+def causal_blocks(
+    length: int, block_size: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks with any visible pair, and those with tokens of both sides alike, ``[Mq, Mk]`` bool each."""
+    rows, columns = (torch.arange(0, length, size, device=device) for size in block_size)
+    visible = columns < (rows + block_size[0])[:, None]
+    return visible, visible & (columns + block_size[1] > rows[:, None])
+
+
+def _unlike(
+    query_similarity: torch.Tensor, key_similarity: torch.Tensor, threshold: float | torch.Tensor
+) -> torch.Tensor:
+    """Blocks whose query or key block is not alike, ``[B, Hq, Mq, Mk]`` bool."""
+    group = query_similarity.shape[1] // key_similarity.shape[1]
+    key_similarity = key_similarity.repeat_interleave(group, 1)
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold[:, None]
+    # Written so that a NaN counts as unlike.
+    rows, columns = ~(query_similarity > threshold), ~(key_similarity > threshold)
+    return rows[..., None] | columns[:, :, None]
+
+
+def executed_density(mask: BlockSparseMask, *, causal: bool) -> torch.Tensor:
+    """Share of the work of dense attention that a mask keeps, a 0-d float64 tensor on its device.
+
+    Of all (query, key) pairs; in a causal call of the blocks with any visible pair.
+    """
+    if not causal:
+        return mask.density()
+    visible, _ = causal_blocks(mask.query_length, mask.block_size, mask.device)
+    return mask.counts.sum(dtype=torch.float64) / (visible.sum() * mask.counts[..., 0].numel())
+
+
+def forced_blocks(layout: TokenLayout, block_size: tuple[int, int], *, sink: bool) -> torch.Tensor:
+    """Blocks that hold text and, with ``sink``, those of the first key block: ``[Mq, Mk]`` bool."""
+    length = layout.sequence_length
+    rows, columns = (torch.arange(block_count(length, size)) * size for size in block_size)
+    forced = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+    if layout.text_length:
+        text = layout.text_slice
+        forced |= ((rows < text.stop) & (rows + block_size[0] > text.start))[:, None]
+        forced |= (columns < text.stop) & (columns + block_size[1] > text.start)
+    if sink:
+        forced[:, 0] = True
+    return forced
+
+
+def blocks_for_density(density: float, forced: torch.Tensor) -> int:
+    """Key blocks to choose per row so that these and the forced ones make up a share of all blocks.
+
+    Args:
+        density (float): wanted share of the blocks, in (0, 1].
+        forced (Tensor): ``[Mq, Mk]`` bool.
+
+    Returns:
+        int: at least 1.
+    """
+    free = (~forced).sum(-1)
+    wanted = density * forced.numel() - int(forced.sum())
+    # Rows with fewer free blocks than the number are full: the sum over rows of min(number, free) is wanted.
+    number = 1
+    while number < int(free.max()) and int(free.clamp(max=number + 1).sum()) <= wanted:
+        number += 1
+    return number

@@ -1,0 +1,98 @@
+"""Distillation: what is trained, what is left alone, what the folder holds, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from core import UnsupportedCallError, create_strategy
+from harness import distill as command
+from harness.distillation import DistillSettings, attention_parameters, distill, record_teacher, trapezoid
+from harness.models import load_model
+
+SPEC = "gilbert-block:block_size=64,samples=8,selection=topk,keep_ratio=0.1"
+TINY = ["--model", "tiny-random", "--steps", "2", "--prompts", "1", "--held-out", "1"]
+
+
+@pytest.fixture
+def model():
+    return load_model("tiny-random", {"steps": 2}, torch.device("cpu"))
+
+
+def strategy(**options):
+    return create_strategy(
+        "gilbert-block", block_size=64, samples=8, selection="topk", keep_ratio=0.1, **options
+    )
+
+
+def test_teacher_calls_are_the_dense_ones(model):
+    calls = record_teacher(model, ["a red ball", "a cube"], 0)
+    assert len(calls) == 4
+    transformer = model.pipeline.transformer
+    with torch.no_grad():
+        for call in calls:
+            assert torch.equal(transformer(**call.arguments)[0], call.output)
+    assert not torch.equal(calls[0].arguments["hidden_states"], calls[2].arguments["hidden_states"])
+    assert not transformer._forward_hooks
+
+
+def test_only_attention_learns_and_the_error_falls(model):
+    transformer = model.pipeline.transformer
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    calls = record_teacher(model, ["a red ball"], 0)
+    told = []
+    settings = DistillSettings(updates=24, learning_rate=5e-4)
+    errors = distill(model, strategy(), calls, settings, lambda *update: told.append(update))
+    assert told == list(enumerate(errors, start=1))
+    assert sum(errors[-2:]) < 0.8 * sum(errors[:2]), errors
+    changed = {name for name, value in transformer.state_dict().items() if not value.equal(before[name])}
+    assert changed and all(".attn1." in name for name in changed)
+    assert len(changed) == len(attention_parameters(transformer))
+    assert all(part.requires_grad and part.grad is None for part in transformer.parameters())
+    processors = {type(processor).__name__ for processor in transformer.attn_processors.values()}
+    assert processors == {"CogVideoXAttnProcessor2_0"}
+
+
+def test_training_needs_a_backward_pass(model):
+    with pytest.raises(UnsupportedCallError, match="'tome' has no backward pass"):
+        distill(model, create_strategy("tome"), [], DistillSettings(1, 1e-4), lambda *_: None)
+
+
+def test_rate_rises_then_falls_to_zero():
+    factors = [trapezoid(done, 20) for done in range(21)]
+    assert factors[0] == 0.5 and max(factors) == factors[1] == 1.0 and factors[20] == 0.0
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+
+
+def test_command_writes_everything(tmp_path, capsys):
+    folder = tmp_path / "distilled"
+    assert command.main(["--strategy", SPEC, *TINY, "--updates", "2", "--output", str(folder)]) == 0
+    record = json.loads((folder / "distill.json").read_text())
+    assert len(record["relative_errors"]) == record["updates"] == 2
+    likeness = record["psnr_to_dense_db"]
+    assert set(likeness) == {"before", "after", "dense_with_trained_weights"}
+    assert all(0 < values[0] < 100 for values in likeness.values())
+    assert 0 < record["density"] < 1 and record["command"].startswith("python -m harness.distill")
+    assert {path.name for path in folder.iterdir()} == {
+        "distill.json", "curve.png", "clip_0.mp4", "transformer",
+    }  # fmt: skip
+    from diffusers import CogVideoXTransformer3DModel
+
+    CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")
+    printed = capsys.readouterr().out
+    assert "2 dense calls of 1 videos recorded" in printed and "PSNR to dense, after:" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--strategy", "tome"], "'tome' has no backward pass"),
+        (["--strategy", SPEC, "--updates", "0"], "--updates must be at least 1"),
+        (["--strategy", SPEC, "--learning-rate", "0"], "--learning-rate must be above 0"),
+        (["--strategy", SPEC, "--prompts", "9999"], "--prompts must be at most"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert command.main([*arguments, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
