@@ -6,13 +6,14 @@ from kernels_common.triton_choice import triton_obstacle
 
 FP8_CAPABILITY = (8, 9)
 HALF = (torch.float16, torch.bfloat16)
+LEAST_HEAD_DIM = 128
 
 
 def resolve_quantization(quantization: str, query: torch.Tensor, backend: str, *, causal: bool) -> str:
     """Precision that ``"auto"`` stands for in a call; other names are returned as they are.
 
-    ``"int8_fp8"`` for bf16 and fp16 tensors on CUDA devices of capability 8.9 and above, unless a form is
-    asked for that lacks it. Causal calls and those with gradients are computed as given: no form has both.
+    ``"int8_fp8"`` for bf16 and fp16 tensors of at least 128 dimensions (below, quantisation costs what it
+    saves) on CUDA devices of capability 8.9 and above, unless a form is asked for that lacks it. Causal calls and those with gradients are computed as given: no form has both.
 
     Args:
         quantization (str): ``"auto"`` or a value of `block_sparse_attention`.
@@ -28,6 +29,7 @@ def resolve_quantization(quantization: str, query: torch.Tensor, backend: str, *
     able = (
         query.device.type == "cuda"
         and query.dtype in HALF
+        and query.shape[-1] >= LEAST_HEAD_DIM
         and backend in ("auto", "triton")
         and not causal
         and not (torch.is_grad_enabled() and query.requires_grad)

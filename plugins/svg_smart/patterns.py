@@ -5,6 +5,7 @@ and, where wanted, frame 0) and one interval of its own; text queries see everyt
 counts of allowed pairs, without a token matrix.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask, block_count
-from core.errors import ParameterError
 from core.layout import TokenLayout
+
+logger = logging.getLogger(__name__)
 
 Keep = Literal["cover", "fraction"]
 
@@ -82,7 +84,7 @@ def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int
     """The patterns of Sparse VideoGen (arXiv 2502.01776): one band in frame-major and in token-major order.
 
     Each half-width is the largest multiple of ``block`` that keeps the allowed pairs within ``density``, at
-    least one block. With ``sink`` frame 0 is seen by all and stands in its own order before the token-major
+    least one block: on a small grid text, sink and that block may pass ``density``, which is logged. With ``sink`` frame 0 is seen by all and stands in its own order before the token-major
     rest, where its queries look at the same places of the other frames.
 
     Args:
@@ -93,22 +95,19 @@ def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int
 
     Returns:
         list[TokenPattern]: spatial, temporal.
-
-    Raises:
-        ParameterError: text, sink and the narrowest band alone pass ``density``, and there is more than one
-            block.
     """
     length = layout.sequence_length
 
     def widest(pattern: Callable[[int], TokenPattern]) -> TokenPattern:
         blocks = _last_true(block_count(length, block), lambda n: pattern(n * block).density() <= density)
-        if blocks == 0 and length > block:
-            least = pattern(block).density()
-            raise ParameterError(
-                f"density {density:g} is out of reach for {layout.describe()}: text, sink and a band of one "
-                f"block of {block} tokens make {least:.3f}; raise density or take smaller blocks"
-            )
-        return pattern(max(blocks, 1) * block)
+        chosen = pattern(max(blocks, 1) * block)
+        if blocks == 0:
+            logger.warning(
+                "svg-smart: density %g is out of reach for %s: text, sink and a band of one block of %d tokens "
+                "make %.3f; smaller blocks come closer",
+                density, layout.describe(), block, chosen.density(),
+            )  # fmt: skip
+        return chosen
 
     return [widest(lambda width: _spatial_band(layout, width, sink)),
             widest(lambda width: _temporal(layout, 1 - width, width, sink))]  # fmt: skip

@@ -70,7 +70,7 @@ def test_principal_directions_lose_nothing_of_tokens_that_live_in_them(estimator
     low = block_importance(query, key, (64, 64), source(3), projection="pca", directions=16, **options)
     random = block_importance(query, key, (64, 64), source(3), projection="random", directions=16, **options)
     assert (whole - low).abs().max() < 1e-5
-    assert (whole - random).abs().max() > 1e-2
+    assert (whole - random).abs().max() > 1e-3
 
 
 def test_random_directions_keep_products_on_average():

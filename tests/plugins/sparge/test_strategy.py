@@ -111,9 +111,11 @@ def test_auto_quantization_is_exact_on_cpus():
 )
 def test_auto_quantization_of_gpus(monkeypatch, capability, dtype, backend, causal, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    facts = {"device": torch.device("cuda"), "dtype": dtype, "shape": (1, 2, 64, 64)}
+    facts = {"device": torch.device("cuda"), "dtype": dtype, "shape": (1, 2, 64, 128)}
     query = SimpleNamespace(**facts, requires_grad=False)
     assert resolve_quantization("auto", query, backend, causal=causal) == expected
+    small = SimpleNamespace(**(facts | {"shape": (1, 2, 64, 64)}), requires_grad=False)
+    assert resolve_quantization("auto", small, backend, causal=causal) == "none"
     trained = SimpleNamespace(**facts, requires_grad=True)
     assert resolve_quantization("auto", trained, backend, causal=causal) == "none"
     assert resolve_quantization("int8_fp16", query, backend, causal=causal) == "int8_fp16"

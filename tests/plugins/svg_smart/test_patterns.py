@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core import ParameterError, TokenLayout
+from core import TokenLayout
 from core.block_mask import block_lengths
 from plugins.svg_smart.patterns import allowed_shares, band_patterns, frame_patterns, head_patterns
 from plugins.svg_smart.reference import band_pairs, frame_pairs, window_pairs
@@ -122,6 +122,10 @@ def test_shares_and_blocks_are_counted(layout, block):
         assert torch.equal(chosen["cover"].orders[index][chosen["cover"].places[index]], torch.arange(length))
 
 
-def test_density_out_of_reach_is_an_error():
-    with pytest.raises(ParameterError, match=r"density 0\.05 is out of reach .* make 0\.\d+; raise density"):
-        band_patterns(COGVIDEOX, density=0.05, sink=True, block=128)
+def test_density_out_of_reach_takes_the_narrowest_band_and_says_so(caplog):
+    spatial, temporal = band_patterns(COGVIDEOX, density=0.05, sink=True, block=128)
+    for pattern in (spatial, temporal):
+        last = COGVIDEOX.sequence_length - 1
+        assert last - int(pattern.first[last]) + 1 == 128 and pattern.density() > 0.05
+    assert len(caplog.records) == 2
+    assert f"density 0.05 is out of reach for {COGVIDEOX.describe()}" in caplog.text
