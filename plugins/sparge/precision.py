@@ -13,7 +13,8 @@ def resolve_quantization(quantization: str, query: torch.Tensor, backend: str, *
     """Precision that ``"auto"`` stands for in a call; other names are returned as they are.
 
     ``"int8_fp8"`` for bf16 and fp16 tensors of at least 128 dimensions (below, quantisation costs what it
-    saves) on CUDA devices of capability 8.9 and above, unless a form is asked for that lacks it. Causal calls and those with gradients are computed as given: no form has both.
+    saves) on CUDA devices of capability 8.9 and above, unless a form is asked for that lacks it. Causal
+    calls and those with gradients are computed as given: no form has both.
 
     Args:
         quantization (str): ``"auto"`` or a value of `block_sparse_attention`.

@@ -84,8 +84,9 @@ def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int
     """The patterns of Sparse VideoGen (arXiv 2502.01776): one band in frame-major and in token-major order.
 
     Each half-width is the largest multiple of ``block`` that keeps the allowed pairs within ``density``, at
-    least one block: on a small grid text, sink and that block may pass ``density``, which is logged. With ``sink`` frame 0 is seen by all and stands in its own order before the token-major
-    rest, where its queries look at the same places of the other frames.
+    least one block: on a small grid text, sink and that block may pass ``density``, which is logged. With
+    ``sink`` frame 0 is seen by all and stands in its own order before the token-major rest, where its queries
+    look at the same places of the other frames.
 
     Args:
         layout (TokenLayout): text and grid of the sequence.
@@ -103,8 +104,8 @@ def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int
         chosen = pattern(max(blocks, 1) * block)
         if blocks == 0:
             logger.warning(
-                "svg-smart: density %g is out of reach for %s: text, sink and a band of one block of %d tokens "
-                "make %.3f; smaller blocks come closer",
+                "svg-smart: density %g is out of reach for %s: text, sink and a band of one block of %d "
+                "tokens make %.3f; smaller blocks come closer",
                 density, layout.describe(), block, chosen.density(),
             )  # fmt: skip
         return chosen

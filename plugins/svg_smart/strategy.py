@@ -24,7 +24,8 @@ class SvgSmartParameters(BlockSparseParameters):
             ``"frames"``, the nearest frames and frame 0, or as many places (Smart attention);
             ``"semantic"``, clusters of similar tokens (SVG2). Default: ``"band"``
         density (float): ``"band"``: largest share of allowed pairs, in (0, 1], text and sink counted. The
-            executed density differs by the rounding to blocks, and a small grid may not reach it. Default: 0.25
+            executed density differs by the rounding to blocks, and a small grid may not reach it.
+            Default: 0.25
         sink (bool): ``"band"``: every query sees frame 0. Default: False
         diagonal (int): ``"frames"``: largest distance of two frames that see each other. Default: 1
         keep (str): blocks that stay: ``"fraction"``, those with at least half of their pairs allowed;
