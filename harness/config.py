@@ -10,7 +10,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from harness.environment import SOURCE_ROOT
 from harness.errors import BenchError
-from harness.models import DEMO, TINY, preset_name
+from harness.models import DEMO, RANDOM_2B, TINY, preset_name
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PROMPTS = 2
@@ -137,7 +137,10 @@ def read_prompts(path: Path) -> list[str]:
 def _add_job_options(parser: ArgumentParser) -> None:
     jobs = parser.add_argument_group("what to run")
     jobs.add_argument(
-        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, a folder or a hub id (CogVideoX family)"
+        "--model",
+        type=str,
+        default=DEMO,
+        help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id (CogVideoX family)",
     )
     jobs.add_argument(
         "--strategies",
