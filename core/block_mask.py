@@ -83,8 +83,14 @@ class BlockSparseMask:
             key_length (int): key tokens.
 
         Raises:
-            LayoutError: the matrix has another number of blocks than the lengths ask for.
+            LayoutError: the matrix has another number of blocks than the lengths ask for, or is no matrix.
         """
+        sizes_fit = isinstance(block_size, tuple | list) and len(block_size) == 2 and min(block_size) > 0
+        if not isinstance(blocks, torch.Tensor) or not sizes_fit:
+            raise LayoutError(
+                "expected a bool tensor of blocks and the tokens of a (query block, key block), such as "
+                f"(128, 128); got {type(blocks).__name__} and {block_size!r}"
+            )
         expected = (block_count(query_length, block_size[0]), block_count(key_length, block_size[1]))
         if blocks.dtype != torch.bool or not 2 <= blocks.dim() <= 4 or tuple(blocks.shape[-2:]) != expected:
             raise LayoutError(

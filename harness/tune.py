@@ -122,6 +122,8 @@ def parse_arguments(arguments: list[str]) -> TuneConfig:
         raise BenchError(
             f"--knob of strategy '{spec.name}' must be one of {', '.join(tunable)}, got '{knob}'"
         )
+    if given := sorted(tunable.keys() & spec.overrides.keys()):
+        raise BenchError(f"--strategy sets {', '.join(given)}, which is what is searched; leave it out")
     prompts = read_prompts(default_prompts(options.model))
     if len(prompts) < options.prompts + 1:
         raise BenchError(f"--prompts must be at most {len(prompts) - 1} here, got {options.prompts}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 
 from core.block_mask import BlockSparseMask
-from core.errors import ParameterError, UnsupportedCallError
+from core.errors import LayoutError, ParameterError, UnsupportedCallError
 from core.level_mask import LevelMask
 from kernels_common.pooled_attention_backward_torch import pooled_attention_backward_torch
 from kernels_common.pooled_attention_reference import pooled_attention_reference
@@ -120,6 +120,11 @@ def pooled_attention(
         UnsupportedCallError: the backend does not support the call.
     """
     check_tensors(query, key, value)
+    if not isinstance(level_mask, LevelMask):
+        raise LayoutError(
+            f"expected a LevelMask, got {type(level_mask).__name__}; LevelMask.from_levels makes one from an "
+            "int8 matrix of levels"
+        )
     # One level's lists are a block mask of the same shape.
     level_one = BlockSparseMask(
         level_mask.counts[..., 0],

@@ -31,6 +31,11 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 def check_mask(query: torch.Tensor, key: torch.Tensor, block_mask: BlockSparseMask) -> None:
     """Refuse a mask of other lengths, heads or device, or of blocks that no kernel takes."""
+    if not isinstance(block_mask, BlockSparseMask):
+        raise LayoutError(
+            f"expected a BlockSparseMask, got {type(block_mask).__name__}; from_blocks makes one "
+            "from a bool matrix of blocks"
+        )
     lengths = (block_mask.query_length, block_mask.key_length)
     if lengths != (query.shape[2], key.shape[2]):
         raise LayoutError(

@@ -34,7 +34,7 @@ def load_calibration(named: str, parameters: Any) -> Calibration:
         if getattr(parameters, name) is not None:
             raise ParameterError(f"calibration {named} sets {name} of every head; leave {name} out")
     for name, value in calibration.parameters.items():
-        if value != "auto" and getattr(parameters, name, value) != value:
+        if getattr(parameters, name, value) != value:
             raise ParameterError(
                 f"calibration {named} was made with {name}={value}, got {getattr(parameters, name)}; set it "
                 "likewise, or run python -m harness.tune with your value"

@@ -1,5 +1,7 @@
 """Which blocks a call keeps: mean tokens of blocks, their softmax, and a choice per row."""
 
+import logging
+
 import torch
 
 from core.block_mask import BlockSparseMask, block_count
@@ -7,6 +9,8 @@ from core.layout import TokenLayout
 from kernels_common.block_importance import mean_pool_importance
 from kernels_common.block_statistics import block_means, token_mean
 from kernels_common.selection import lists_from_blocks, select_mass, select_top_k
+
+logger = logging.getLogger(__name__)
 
 
 def predict_mask(
@@ -147,7 +151,7 @@ def blocks_for_density(density: float, forced: torch.Tensor) -> int:
         forced (Tensor): ``[Mq, Mk]`` bool.
 
     Returns:
-        int: at least 1.
+        int: at least 1; a warning is logged where that is too much already.
     """
     free = (~forced).sum(-1)
     wanted = density * forced.numel() - int(forced.sum())
@@ -155,4 +159,11 @@ def blocks_for_density(density: float, forced: torch.Tensor) -> int:
     number = 1
     while number < int(free.max()) and int(free.clamp(max=number + 1).sum()) <= wanted:
         number += 1
+    executed = int(free.clamp(max=number).sum()) + int(forced.sum())
+    if number == 1 and executed > density * forced.numel():
+        logger.warning(
+            "sparge: density %g is out of reach: forced blocks and one more per row make %.3f; smaller "
+            "blocks come closer",
+            density, executed / forced.numel(),
+        )  # fmt: skip
     return number

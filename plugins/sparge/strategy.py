@@ -25,7 +25,8 @@ class SpargeParameters(BlockSparseParameters):
     """Parameters of `SpargeStrategy`; at most one of ``density``, ``topk``, ``cdf`` and ``calibration``.
 
     Args:
-        density (float): executed share of all blocks, text and sink counted, in (0, 1]. Default: none
+        density (float): executed share of all blocks, text and sink counted, in (0, 1]; not for causal
+            calls. Default: none
         topk (float): share of the key blocks that every row keeps beside the forced ones, in (0, 1].
             Default: 0.5 if no other rule is given
         cdf (float): share of the estimated attention that the kept blocks hold at most, in (0, 1].
@@ -144,6 +145,10 @@ class SpargeStrategy(BlockSparseStrategy):
         if context.causal and self.parameters.order != "model":
             raise UnsupportedCallError(
                 "sparge: a causal call has an order of its own; leave order at 'model'"
+            )
+        if context.causal and self.parameters.density is not None:
+            raise UnsupportedCallError(
+                "sparge: density counts blocks that a causal call does not have; set topk or cdf instead"
             )
         plan = self.planned(query, context)
         numbers = self._numbers(plan, query, context)

@@ -120,3 +120,11 @@ def test_check_finds_bad_lists(row):
 def test_block_lengths():
     assert block_lengths(130, 64).tolist() == [64, 64, 2]
     assert block_lengths(128, 64).tolist() == [64, 64]
+
+
+@pytest.mark.parametrize(
+    "blocks, size", [([[True]], (16, 16)), (torch.ones(1, 1).bool(), 16), (torch.ones(1, 1).bool(), (0, 16))]
+)
+def test_what_is_no_block_matrix_is_refused(blocks, size):
+    with pytest.raises(LayoutError, match=r"expected a bool tensor of blocks .* such as \(128, 128\); got"):
+        BlockSparseMask.from_blocks(blocks, size, 10, 10)

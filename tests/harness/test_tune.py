@@ -216,6 +216,7 @@ def test_a_stopped_call_goes_on(tmp_path, monkeypatch, capsys):
         (["--strategy", "radial"], "strategy 'radial' has no parameter that can be calibrated"),
         (["--strategy", "sparge", "--knob", "order"], "must be one of topk, cdf, got 'order'"),
         (["--strategy", "sparg"], "Did you mean 'sparge'"),
+        (["--strategy", "sparge:topk=0.5"], "--strategy sets topk, which is what is searched"),
         (["--strategy", "sparge", "--prompts", "0"], "--prompts must be at least 1"),
         (["--strategy", "sparge", "--max-error", "0"], "--max-error must be above 0"),
         (["--strategy", "sparge", "--output", "x.pt"], "--output must end in .json"),

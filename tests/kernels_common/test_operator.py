@@ -118,6 +118,15 @@ def test_everything_about_a_call_comes_back(call, device):
         attend_blocks(query, key, value, mask, quantization="int8_fp16", backend="flex")
 
 
+@pytest.mark.parametrize("wrong", [None, torch.ones(2, 3, dtype=torch.bool)], ids=["none", "tensor"])
+def test_anything_but_a_mask_is_refused(call, wrong):
+    query, key, value, _ = call
+    with pytest.raises(LayoutError, match="expected a BlockSparseMask, got (NoneType|Tensor)"):
+        block_sparse_attention(query, key, value, wrong)
+    with pytest.raises(LayoutError, match="expected a LevelMask, got (NoneType|Tensor)"):
+        kernels_common.pooled_attention(query, key, value, wrong)
+
+
 def test_unsupported_calls_are_named(call):
     query, key, value, mask = call
     with pytest.raises(UnsupportedCallError, match="cudnn"):
