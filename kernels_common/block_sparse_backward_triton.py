@@ -8,7 +8,6 @@ atomics, two runs agree bit for bit.
 Shape letters: M and N tokens of a query and a key tile, D head dimension padded to a power of two.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from kernels_common.triton_launch import (
     bias_strides,
     check_device,
     descriptor,
+    divide_tile,
     list_strides,
 )
 
@@ -307,13 +307,7 @@ def select_backward_config(block_d: int, block_size: tuple[int, int], dtype: tor
         keys = TileConfig(128 if block_d <= 64 else 64, 64, 4, 2)
     else:
         query, keys = TileConfig(64, 64, 4, 1), TileConfig(32, 64, 8, 2)
-    return BackwardConfig(*(_divide(wanted, block_size) for wanted in (query, keys)))
-
-
-def _divide(wanted: TileConfig, block_size: tuple[int, int]) -> TileConfig:
-    """``wanted``, or the tile that divides the mask block, which has no work for more than four warps."""
-    tile = (math.gcd(wanted.tile_m, block_size[0]), math.gcd(wanted.tile_n, block_size[1]))
-    return wanted if tile == wanted[:2] else TileConfig(*tile, 4, wanted.num_stages)
+    return BackwardConfig(*(divide_tile(wanted, block_size) for wanted in (query, keys)))
 
 
 def row_terms(

@@ -8,7 +8,6 @@ to every tile it costs 2 to 12 %).
 Shape letters: M and N tokens of a query and a key tile, D head dimension padded to a power of two.
 """
 
-import math
 
 import torch
 import triton
@@ -22,6 +21,7 @@ from kernels_common.triton_launch import (
     bias_strides,
     check_device,
     descriptor,
+    divide_tile,
     list_strides,
 )
 
@@ -169,8 +169,7 @@ def select_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype)
         wanted = TileConfig(64, 64, 4, 3)
     else:
         wanted = TileConfig(64, 64, 4, 2)
-    tile_m, tile_n = math.gcd(wanted.tile_m, block_size[0]), math.gcd(wanted.tile_n, block_size[1])
-    return wanted._replace(tile_m=tile_m, tile_n=tile_n)
+    return divide_tile(wanted, block_size)
 
 
 def block_sparse_attention_triton(

@@ -1,5 +1,6 @@
 """What the launchers of Triton and Gluon kernels share: constants, tiles, tensor descriptors and strides."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ class TileConfig(NamedTuple):
     tile_n: int
     num_warps: int
     num_stages: int
+
+
+def divide_tile(wanted: TileConfig, block_size: tuple[int, int]) -> TileConfig:
+    """``wanted``, or the tile that divides the mask block, which has no work for more than four warps."""
+    tile = (math.gcd(wanted.tile_m, block_size[0]), math.gcd(wanted.tile_n, block_size[1]))
+    return wanted if tile == wanted[:2] else TileConfig(*tile, min(4, wanted.num_warps), wanted.num_stages)
 
 
 def check_device(query: torch.Tensor) -> None:

@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
 
 def test_gluon_kernels_compile(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parents[2])}
+    search = os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": search}
     run = subprocess.run(
         [sys.executable, str(SCRIPT)],
         env=environment,

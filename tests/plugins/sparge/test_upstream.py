@@ -206,8 +206,9 @@ def test_skipped_tiles(peaky, function):
         found.append(sparsity)
         difference = (output - plain).double().abs().max()
         assert difference <= 4 * 640 * 2.0**-threshold * peaky[2].abs().max() + 1e-5
-        per_head = torch.full((2,), threshold)
-        assert torch.equal(function(*peaky, topk=1.0, pvthreshd=per_head), output)
+        per_head = function(*peaky, topk=1.0, pvthreshd=torch.full((2,), threshold))
+        # A number from 50 on takes the kernel that never skips, which may round in another order.
+        torch.testing.assert_close(per_head, output, rtol=0.0, atol=1e-5 if threshold >= 50 else 0.0)
     assert found == sorted(found) and found[0] == 0.0
     # 4 rows of tiles of 10 blocks in 2 heads; a skipped one saves half of its work.
     full = torch.ones(1, 2, 2, 10, dtype=torch.bool, device=plain.device)
