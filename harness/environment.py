@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from harness.errors import BenchError
 PACKAGE = "sparse-attn-functions"
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "sageattention", PACKAGE)
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
+ARCHIVE_NOTE = ".git_archival.txt"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,14 +57,25 @@ def git_state() -> tuple[str | None, bool]:
     """Commit of the source tree, and whether tracked files differ from it.
 
     Returns:
-        tuple[str | None, bool]: (None, False) outside a git checkout, as for an installed wheel.
+        tuple[str | None, bool]: (None, False) outside a git checkout, as for an installed wheel; an archive
+        of a commit (``git archive``, a download from a forge) knows it.
     """
     if not (SOURCE_ROOT / ".git").exists():
-        return None, False
+        return _archived_commit(), False
     commit = _git("rev-parse", "HEAD")
     if not commit:
         return None, False
     return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _archived_commit() -> str | None:
+    """What git wrote into the archive; in a copy of the files it is still a placeholder."""
+    try:
+        text = (SOURCE_ROOT / ARCHIVE_NOTE).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    node = text.partition("node: ")[2].strip()
+    return node if re.fullmatch("[0-9a-f]{40,64}", node) else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -83,8 +83,7 @@ def parse_spec(text: str, model_presets: Sequence[str] = ()) -> StrategySpec:
         BenchError: the text is not of this form.
         SparseAttnError: no such strategy or preset, or a parameter is wrong.
     """
-    name, _, rest = text.strip().partition(":")
-    pairs = _parse_pairs(text, rest) if rest or text.strip().endswith(":") else {}
+    name, pairs = split_label(text)
     label = name + (":" if pairs else "") + ",".join(f"{key}={value}" for key, value in pairs.items())
     preset = pairs.pop("preset", None)
     fitting = next((known for known in model_presets if _has_preset(name, known)), None)
@@ -183,14 +182,22 @@ def _same(one: StrategySpec, other: StrategySpec) -> bool:
     return (one.name, one.parameters) == (other.name, other.parameters)
 
 
-def _parse_pairs(text: str, rest: str) -> dict[str, str]:
+def split_label(text: str) -> tuple[str, dict[str, str]]:
+    """Name and ``key=value`` pairs of a spec as they are written.
+
+    Raises:
+        BenchError: the text is not of this form.
+    """
+    name, colon, rest = text.strip().partition(":")
     pairs: dict[str, str] = {}
+    if not colon:
+        return name, pairs
     for item in re.split(r",(?![^\[{(]*[\]})])", rest):  # commas outside brackets
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value) or key in pairs:
             raise BenchError(f"strategy '{text}': cannot read '{item.strip()}'; {SPEC_FORM}")
         pairs[key] = value
-    return pairs
+    return name, pairs
 
 
 def _read_value(text: str) -> Any:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
+from harness.curves import curve_names
 from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
 from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
@@ -16,15 +17,22 @@ MOST_PLAYERS = 60
 
 
 class Strategies:
-    """Identity, colour and name of every label, in the order of the summary."""
+    """Identity, colour, curve and name of every label, in the order of the summary."""
 
     def __init__(self, summaries: Sequence[SummaryRow]) -> None:
         labels = [summary.label for summary in summaries]
         self.compared = [label for label in labels if not is_baseline(label)]
         self._keys = {label: f"strategy-{index}" for index, label in enumerate(labels)}
+        self._curves = curve_names(self.compared)
+        self._drawn = list(dict.fromkeys(self.curve(label) or label for label in self.compared))
+
+    def curve(self, label: str) -> str:
+        """Label of the curve that the strategy is a point of, "" if it stands alone."""
+        return self._curves.get(label, "")
 
     def slot(self, label: str) -> int:
-        return self.compared.index(label)
+        """Index of its colour; the points of a curve share one."""
+        return self._drawn.index(self.curve(label) or label)
 
     def tag(self, label: str) -> dict[str, Any]:
         """What every mention of a strategy on the page needs."""
@@ -188,7 +196,8 @@ def _plots(
             cloud = _cloud(own, figure, scale)
             if cloud:
                 x, y = (median(values) for values in zip(*cloud, strict=True))
-                points.append(Point(summary.label, strategies.slot(summary.label), x, y, cloud))
+                label = summary.label
+                points.append(Point(label, strategies.slot(label), x, y, cloud, strategies.curve(label)))
             else:
                 same = any(row.identical for row in own)
                 missing.append(f"{summary.label} ({'identical to dense' if same else 'not measured'})")

@@ -54,6 +54,7 @@ class Point:
         x (float): median over the jobs.
         y (float): median over the jobs.
         cloud (list[tuple[float, float]]): the single jobs.
+        curve (str): label of the line through this and other points, "" for none.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Point:
     x: float
     y: float
     cloud: list[tuple[float, float]] = field(default_factory=list)
+    curve: str = ""
 
     @property
     def drawable(self) -> bool:
@@ -85,6 +87,8 @@ class AxisLabel:
 def scatter(points: Sequence[Point], x: AxisLabel, y: AxisLabel, title: str) -> str:
     """Draw one marker per strategy, its jobs faintly behind it, the baseline as a dashed line.
 
+    Points of one curve are joined from left to right and labelled once.
+
     Returns:
         str: an `<svg>` element with an accessible title, without fixed width; "" if no point has
         both values.
@@ -97,6 +101,8 @@ def scatter(points: Sequence[Point], x: AxisLabel, y: AxisLabel, title: str) -> 
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _decorate(axes, x, y)
+        for curve in dict.fromkeys(point.curve for point in drawn if point.curve):
+            _draw_curve(axes, [point for point in drawn if point.curve == curve])
         for point in drawn:
             _draw_point(axes, point)
         _widen(axes, x.span, y.span)
@@ -136,6 +142,11 @@ def _widen(axes: Axes, x_span: float, y_span: float) -> None:
         limit(low - extra, high + extra)
 
 
+def _draw_curve(axes: Axes, points: Sequence[Point]) -> None:
+    places = sorted((point.x, point.y) for point in points)
+    axes.plot(*zip(*places, strict=True), color=_colour(points[0].slot), linewidth=1.6, alpha=0.6)
+
+
 def _draw_point(axes: Axes, point: Point) -> None:
     colour = _colour(point.slot)
     marker = MARKERS[point.slot % len(MARKERS)]
@@ -148,17 +159,24 @@ def _draw_point(axes: Axes, point: Point) -> None:
 
 
 def _label_points(axes: Axes, points: Sequence[Point], canvas: FigureCanvasAgg) -> None:
-    """Put each label at the first of its places that touches neither a marker nor another label."""
+    """Put each label at the first of its places that touches neither a marker nor another label.
+
+    A curve has one, at its uppermost point.
+    """
     canvas.draw()
     renderer = canvas.get_renderer()
     room = Bbox(axes.bbox.get_points())
     centres = [tuple(axes.transData.transform((point.x, point.y))) for point in points]
     markers = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
     labels: list[Bbox] = []
+    labelled: set[str] = set()
     for index in sorted(range(len(points)), key=lambda index: -centres[index][1]):
         point = points[index]
+        if point.curve in labelled:
+            continue
+        labelled |= {point.curve} - {""}
         text = axes.annotate(
-            point.label,
+            point.curve or point.label,
             (point.x, point.y),
             (0, 0),
             textcoords="offset points",

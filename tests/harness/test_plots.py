@@ -74,6 +74,16 @@ class TestScatter:
             assert not same_side or abs(float(one.get("y")) - float(other.get("y"))) >= 9
 
 
+    def test_a_curve_is_one_line_with_one_label(self):
+        lone, joined = points(4), [Point(f"m:d={x}", 4, x, 25 + x, curve="m") for x in (3.0, 1.0, 2.0)]
+        svg = scatter([*lone, *joined], X, Y, "Speed")
+        root = ElementTree.fromstring(svg.replace("xlink:", ""))
+        texts = [text.text for text in root.iter() if text.tag.endswith("text")]
+        assert texts.count("m") == 1 and not any(text and text.startswith("m:d") for text in texts)
+        lines = svg.count("stroke-opacity: 0.6")
+        assert lines == 1 and scatter(lone, X, Y, "Speed").count("stroke-opacity: 0.6") == 0
+
+
 class TestDensityMap:
     def test_one_pixel_per_call_and_alpha_grows_with_density(self):
         alpha = pixels(density_map([[1.0, 0.5, 0.0], [None, math.nan, 2.0]]))[..., 3]
