@@ -25,12 +25,13 @@ def test_a_copy_of_the_files_has_no_commit(elsewhere, text):
 def test_an_archive_knows_its_commit(elsewhere):
     if not (SOURCE_ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    git = ["git", "-C", str(SOURCE_ROOT)]
-    if ARCHIVE_NOTE not in subprocess.run([*git, "ls-files"], capture_output=True, text=True).stdout.split():
-        pytest.skip(f"{ARCHIVE_NOTE} is not committed")
+
+    def git(*arguments):
+        command = ["git", "-C", str(SOURCE_ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
     archive = elsewhere / "archive.tar"
-    subprocess.run([*git, "archive", "-o", archive, "HEAD", ARCHIVE_NOTE], check=True)
+    git("archive", "-o", str(archive), "HEAD", ARCHIVE_NOTE)
     with tarfile.open(archive) as files:
         files.extractall(elsewhere, filter="data")
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert git_state() == (head, False)
+    assert git_state() == (git("rev-parse", "HEAD")[0], False)
