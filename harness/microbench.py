@@ -8,10 +8,8 @@ from typing import Any
 
 from harness.errors import BenchError
 
-HEADER = (
-    "| strategy | density | backend | median | against dense | largest error |\n"
-    "| --- | ---: | --- | ---: | ---: | ---: |"
-)
+COLUMNS = ("strategy", "density", "backend", "median", "against dense", "largest error")
+LIKENESS = "relative L1 to dense"  # missing in older files
 
 
 def read_benchmarks(path: Path) -> dict[str, Any]:
@@ -48,23 +46,32 @@ def _table(shape: str, entries: list[dict[str, Any]]) -> str:
         f"{first['tokens']:,} tokens ({text} text + {frames}x{rows}x{columns}), "
         f"batch {batch}, {heads} heads of {head_dim}, {first['dtype']}"
     )
-    dense = next((entry["stats"]["median"] for entry in entries if _label(entry) == "dense"), None)
-    lines = [_line(entry, dense) for entry in sorted(entries, key=lambda entry: -entry["stats"]["median"])]
-    return "\n".join([title, "", HEADER, *lines])
+    dense = next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
+    compared = any("relative_l1" in entry["extra_info"] for entry in entries)
+    columns = (*COLUMNS, LIKENESS) if compared else COLUMNS
+    rule = ["---", "---:", "---", *["---:"] * (len(columns) - 3)]
+    ordered = sorted(entries, key=lambda entry: -_median_s(entry))
+    rows = [columns, rule, *(_cells(entry, dense)[: len(columns)] for entry in ordered)]
+    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _line(entry: dict[str, Any], dense_s: float | None) -> str:
-    facts, median_s = entry["extra_info"], entry["stats"]["median"]
+def _cells(entry: dict[str, Any], dense_s: float | None) -> tuple[str, ...]:
+    facts, median_s = entry["extra_info"], _median_s(entry)
     ratio = f"{dense_s / median_s:.2f}x" if dense_s else "-"
-    cells = (
+    return (
         f"`{_label(entry)}`",
         f"{facts['density']:.3f}",
         facts["backend"],
         f"{median_s * 1e3:.2f} ms",
         ratio,
         f"{facts['max_error']:.1e}" if "max_error" in facts else "-",
+        f"{facts['relative_l1']:.3f}" if "relative_l1" in facts else "-",
     )
-    return "| " + " | ".join(cells) + " |"
+
+
+def _median_s(entry: dict[str, Any]) -> float:
+    """Of one call, in seconds."""
+    return entry["stats"]["median"] / entry["extra_info"].get("calls", 1)
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -74,11 +81,13 @@ def _label(entry: dict[str, Any]) -> str:
 def _provenance(run: dict[str, Any]) -> str:
     facts = run["benchmarks"][0]["extra_info"]
     commit = run.get("commit_info", {}).get("id", "unknown")
+    calls = f"{facts['calls']} calls in a row" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
     return (
-        f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. One call each "
-        "on random inputs, prediction and reordering included; what depends on the shape alone (masks) "
-        "is planned before. The largest error is against float64 attention over the same mask, checked first."
+        f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "
+        f"on {facts.get('inputs', 'random')} inputs, prediction and reordering included; what depends on the "
+        "shape alone (masks) is planned before. The largest error is against float64 attention over the "
+        "same mask, checked first."
     )
 
 

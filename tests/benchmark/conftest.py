@@ -16,11 +16,13 @@ from core import AttentionContext, BlockSparseMask, TokenLayout
 from harness.environment import device_name, resolve_device
 from harness.errors import BenchError
 from harness.jobs import resolve_specs
+from harness.structured_inputs import structured_query_key
 
 DEMO_SHAPE = "1x4x16x17x12x20x64"
 COGVIDEOX_2B_SHAPE = "2x30x226x13x30x45x64"  # both halves of classifier-free guidance
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CHECKED_ROWS = 256
+RANDOM, STRUCTURED = "random", "structured"
 
 
 def pytest_addoption(parser):
@@ -29,6 +31,7 @@ def pytest_addoption(parser):
     group.addoption("--shape", action="append", help=shapes)
     group.addoption("--spec", action="append", help="strategy spec, repeatable; default: all of the device")
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:INDEX]")
+    group.addoption("--inputs", choices=[RANDOM, STRUCTURED], default=RANDOM, help="queries and keys")
     dtypes = ["float32", "bfloat16", "float16"]
     group.addoption("--bench-dtype", choices=dtypes, help="default: float32 on CPU, bfloat16 on CUDA")
 
@@ -42,6 +45,7 @@ class Call:
     key: torch.Tensor
     value: torch.Tensor
     context: AttentionContext
+    inputs: str
 
     @property
     def tolerance(self) -> float:
@@ -53,25 +57,28 @@ class Call:
         return {
             "shape": self.name,
             "tokens": self.query.shape[2],
+            "inputs": self.inputs,
             "dtype": str(self.query.dtype).removeprefix("torch."),
             "device": device_name(self.query.device),
             "torch": torch.__version__,
         }
 
 
-@functools.cache
-def make_call(name: str, device: torch.device, dtype: torch.dtype) -> Call:
+@functools.lru_cache(maxsize=1)  # one shape at a time: a long video's tensors fill gigabytes
+def make_call(name: str, inputs: str, device: torch.device, dtype: torch.dtype) -> Call:
     try:
         batch, heads, text, frames, rows, columns, head_dim = map(int, name.split("x"))
     except ValueError:
         raise pytest.UsageError(f"--shape must be seven numbers such as {DEMO_SHAPE}, got '{name}'") from None
     layout = TokenLayout(text_length=text, frames=frames, height=rows, width=columns)
     size = (batch, heads, layout.sequence_length, head_dim)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(3))
+    generator = torch.Generator(device).manual_seed(0)
+    value, query, key = (torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    if inputs == STRUCTURED:
+        query, key = structured_query_key(layout, batch, heads, head_dim, generator, dtype)
     last = {"layer_index": 29, "num_layers": 30, "step_index": 49, "num_steps": 50, "timestep": 1.0}
     context = AttentionContext(layout, **last)
-    return Call(name, query, key, value, context)
+    return Call(name, query, key, value, context, inputs)
 
 
 def pytest_generate_tests(metafunc):
@@ -83,7 +90,7 @@ def pytest_generate_tests(metafunc):
             names = config.getoption("--shape") or [COGVIDEOX_2B_SHAPE if on_gpu else DEMO_SHAPE]
             dtype = config.getoption("--bench-dtype") or ("bfloat16" if on_gpu else "float32")
             metafunc.parametrize("call", names, ids=str, indirect=True)
-            metafunc.config.stash[SETTING] = (device, getattr(torch, dtype))
+            metafunc.config.stash[SETTING] = (config.getoption("--inputs"), device, getattr(torch, dtype))
         if "spec" in metafunc.fixturenames:
             presets = ("cogvideox-2b", "cogvideox") if on_gpu else ("demo",)
             specs, _ = resolve_specs(config.getoption("--spec"), presets, device.type)
@@ -92,7 +99,7 @@ def pytest_generate_tests(metafunc):
         raise pytest.UsageError(str(error)) from None
 
 
-SETTING = pytest.StashKey[tuple[torch.device, torch.dtype]]()
+SETTING = pytest.StashKey[tuple[str, torch.device, torch.dtype]]()
 
 
 @pytest.fixture
@@ -102,15 +109,19 @@ def call(request):
 
 @pytest.fixture
 def timed(benchmark):
-    """Benchmark a function of a call's tensors; on a GPU every round ends with a synchronisation."""
+    """Benchmark a function of a call's tensors; on a GPU every round ends with a synchronisation.
 
-    def run(function, call, group, **facts):
+    A round has ``calls`` of them in a row, recorded for the tables.
+    """
+
+    def run(function, call, group, calls=1, **facts):
         benchmark.group = f"{group} {call.name}"
-        benchmark.extra_info.update(call.facts | facts)
+        benchmark.extra_info.update(call.facts | facts | {"calls": calls})
         device = call.query.device
 
         def synchronised():
-            function()
+            for _ in range(calls):
+                function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
