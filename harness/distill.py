@@ -4,7 +4,8 @@
         --output runs/distill
 
 The output folder gets the trained transformer, ``distill.json`` with every figure, the curve of the error,
-and for each held-out prompt one clip: dense, sparse before, sparse after. Exit codes: 0 done, 2 bad input.
+for each held-out prompt one clip (dense, sparse before, sparse after), and the first of them in one moving
+picture. Exit codes: 0 done, 2 bad input.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from harness.video import write_mp4
 
 DONE, BAD_INPUT = 0, 2
 HELD_OUT_SEED, TRAINING_SEED = 0, 1000
+PICTURE_ROWS = 3
 SMOOTHING = 16  # updates that one point of the curve is the mean of
 
 
@@ -162,8 +164,11 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
     }
     (config.output / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _draw_curve(errors, config.output / "curve.png")
-    for number, columns in enumerate(zip(dense.frames, before.frames, after.frames, strict=True)):
-        write_mp4(config.output / f"clip_{number}.mp4", np.concatenate(columns, axis=2), model.settings.fps)
+    columns = zip(dense.frames, before.frames, after.frames, strict=True)
+    clips = [np.concatenate(videos, axis=2) for videos in columns]
+    for number, clip in enumerate(clips):
+        write_mp4(config.output / f"clip_{number}.mp4", clip, model.settings.fps)
+    _write_picture(clips[:PICTURE_ROWS], config.output / "clips.webp", model.settings.fps)
     return record
 
 
@@ -185,6 +190,15 @@ def _likeness(videos: Videos, reference: Videos) -> list[float]:
 
 def _print_update(number: int, error: float) -> None:
     print(f"update {number}: relative error {error:.4f}", flush=True)
+
+
+def _write_picture(clips: Sequence[np.ndarray], path: Path, fps: float) -> None:
+    """Clips ``[F, H, W, 3]`` one below the other, as an animated WebP."""
+    from PIL import Image
+
+    frames = [Image.fromarray(frame) for frame in np.concatenate(clips, axis=1)]
+    timing = {"duration": round(1000 / fps), "loop": 0}
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], quality=60, **timing)
 
 
 def _draw_curve(errors: Sequence[float], path: Path) -> None:
