@@ -48,6 +48,7 @@ class DistillConfig:
         model (str): ``demo``, ``tiny-random``, a folder or a hub id.
         held_out (list[str]): prompts of the comparison.
         prompts (list[str]): prompts to learn from.
+        videos (int): videos to learn from per prompt.
         settings (DistillSettings): how to train.
         steps (int, Optional): steps of the schedule. Default: the model's
         device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
@@ -58,6 +59,7 @@ class DistillConfig:
     model: str
     held_out: list[str]
     prompts: list[str]
+    videos: int
     settings: DistillSettings
     steps: int | None
     device: str
@@ -82,8 +84,10 @@ def parse_arguments(arguments: list[str]) -> DistillConfig:
     parser.add_argument("--strategy", type=str, required=True, help="NAME or NAME:key=value,...")
     parser.add_argument("--model", type=str, default=DEMO, help="demo, a folder or a hub id")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to learn from")
+    parser.add_argument("--videos", type=int, default=1, help="videos to learn from per prompt")
     parser.add_argument("--held-out", type=int, default=2, help="prompts of the comparison, the first ones")
-    parser.add_argument("--updates", type=int, default=64, help="updates, one denoiser call each")
+    parser.add_argument("--updates", type=int, default=64, help="steps of the optimiser")
+    parser.add_argument("--batch", type=int, default=1, help="denoiser calls per update")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
@@ -92,7 +96,7 @@ def parse_arguments(arguments: list[str]) -> DistillConfig:
         options = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise BenchError(" ".join(str(error).split())) from None
-    for name in ("prompts", "held_out", "updates"):
+    for name in ("prompts", "videos", "held_out", "updates", "batch"):
         if getattr(options, name) < 1:
             raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if not options.learning_rate > 0:
@@ -109,7 +113,8 @@ def parse_arguments(arguments: list[str]) -> DistillConfig:
         model=options.model,
         held_out=prompts[: options.held_out],
         prompts=prompts[options.held_out : options.held_out + options.prompts],
-        settings=DistillSettings(options.updates, options.learning_rate),
+        videos=options.videos,
+        settings=DistillSettings(options.updates, options.learning_rate, options.batch),
         steps=options.steps,
         device=options.device,
         output=options.output,
@@ -129,10 +134,13 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
     config.output.mkdir(parents=True, exist_ok=True)
     dense = _videos(model, None, config.held_out)
     before = _videos(model, config.spec, config.held_out)
-    calls = record_teacher(model, config.prompts, TRAINING_SEED)
+    calls = record_teacher(model, config.prompts, TRAINING_SEED, config.videos)
     recorded = time.perf_counter()
     seconds = recorded - started
-    print(f"{len(calls)} dense calls of {len(config.prompts)} videos recorded, {seconds:.0f} s", flush=True)
+    print(
+        f"{len(calls)} dense calls of {len(config.prompts) * config.videos} videos recorded, {seconds:.0f} s",
+        flush=True,
+    )
     errors = distill(model, config.spec.create(), calls, config.settings, _print_update)
     trained = time.perf_counter()
     after = _videos(model, config.spec, config.held_out)
@@ -150,7 +158,9 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
         },
         "held_out": config.held_out,
         "training_prompts": len(config.prompts),
+        "videos_per_prompt": config.videos,
         "updates": config.settings.updates,
+        "calls_per_update": config.settings.batch,
         "learning_rate": config.settings.learning_rate,
         "relative_errors": [round(error, 5) for error in errors],
         "training_s": round(trained - recorded, 1),

@@ -7,7 +7,7 @@ import torch
 
 from core import UnsupportedCallError, create_strategy
 from harness import distill as command
-from harness.distillation import DistillSettings, attention_parameters, distill, record_teacher, trapezoid
+from harness.distillation import DistillSettings, distill, merge_calls, record_teacher, trapezoid
 from harness.models import load_model
 
 SPEC = "gilbert-block:block_size=64,samples=8,selection=topk,keep_ratio=0.1"
@@ -34,20 +34,44 @@ def test_teacher_calls_are_the_dense_ones(model):
             assert torch.equal(transformer(**call.arguments)[0], call.output)
     assert not torch.equal(calls[0].arguments["hidden_states"], calls[2].arguments["hidden_states"])
     assert not transformer._forward_hooks
+    assert [call.step for call in calls] == [0, 1, 0, 1]
 
 
-def test_only_attention_learns_and_the_error_falls(model):
+def test_calls_of_one_step_are_learned_from_together(model):
+    calls = record_teacher(model, ["a red ball"], 0, videos=3)
+    assert len(calls) == 6
+    merged = merge_calls(calls[1::2])
+    with torch.no_grad():
+        output = model.pipeline.transformer(**merged.arguments)[0]
+    assert merged.step == 1 and len(output) == 3 * len(calls[1].output)
+    torch.testing.assert_close(output, merged.output, rtol=1e-4, atol=1e-4)
+    noise = [call.arguments["hidden_states"] for call in calls[::2]]
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_every_call_comes_once_before_any_comes_twice(model, monkeypatch):
+    calls = record_teacher(model, ["a red ball"], 0, videos=3)
+    merged = []
+    monkeypatch.setattr(
+        "harness.distillation.merge_calls", lambda part: merged.append(part) or merge_calls(part)
+    )
+    distill(model, strategy(), calls, DistillSettings(4, 1e-4, batch=2), lambda *_: None)
+    assert sorted(len(part) for part in merged) == [1, 1, 2, 2]
+    assert len({id(call.output) for part in merged for call in part}) == 6
+    assert all(len({call.step for call in part}) == 1 for part in merged)
+
+
+def test_the_denoiser_learns_and_the_error_falls(model):
     transformer = model.pipeline.transformer
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     calls = record_teacher(model, ["a red ball"], 0)
     told = []
-    settings = DistillSettings(updates=24, learning_rate=5e-4)
+    settings = DistillSettings(updates=24, learning_rate=1e-4)
     errors = distill(model, strategy(), calls, settings, lambda *update: told.append(update))
     assert told == list(enumerate(errors, start=1))
     assert sum(errors[-2:]) < 0.8 * sum(errors[:2]), errors
     changed = {name for name, value in transformer.state_dict().items() if not value.equal(before[name])}
-    assert changed and all(".attn1." in name for name in changed)
-    assert len(changed) == len(attention_parameters(transformer))
+    assert changed == {name for name, _ in transformer.named_parameters()}
     assert all(part.requires_grad and part.grad is None for part in transformer.parameters())
     processors = {type(processor).__name__ for processor in transformer.attn_processors.values()}
     assert processors == {"CogVideoXAttnProcessor2_0"}
