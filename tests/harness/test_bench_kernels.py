@@ -124,7 +124,7 @@ def test_bad_files_are_one_line(tmp_path, capsys, content):
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("kernels_*.json")), ids=lambda path: path.stem)
 def test_the_documentation_shows_what_the_command_prints(path, capsys):
     assert kernel_tables.main([str(path)]) == 0
-    assert capsys.readouterr().out.strip() in (COMMITTED / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in (COMMITTED / "kernels.md").read_text()
 
 
 def test_shapes_are_those_of_the_models():
