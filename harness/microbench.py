@@ -48,17 +48,17 @@ def _table(shape: str, entries: list[dict[str, Any]]) -> str:
     )
     dense = next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
     compared = any("relative_l1" in entry["extra_info"] for entry in entries)
-    columns = (*COLUMNS, LIKENESS) if compared else COLUMNS
-    rule = ["---", "---:", "---", *["---:"] * (len(columns) - 3)]
+    names = [*COLUMNS, LIKENESS] if compared else [*COLUMNS]
+    rule = ["---", "---:", "---", *["---:"] * (len(names) - 3)]
     ordered = sorted(entries, key=lambda entry: -_median_s(entry))
-    rows = [columns, rule, *(_cells(entry, dense)[: len(columns)] for entry in ordered)]
-    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = [names, rule, *(_cells(entry, dense)[: len(names)] for entry in ordered)]
+    return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def _cells(entry: dict[str, Any], dense_s: float | None) -> tuple[str, ...]:
+def _cells(entry: dict[str, Any], dense_s: float | None) -> list[str]:
     facts, median_s = entry["extra_info"], _median_s(entry)
     ratio = f"{dense_s / median_s:.2f}x" if dense_s else "-"
-    return (
+    return [
         f"`{_label(entry)}`",
         f"{facts['density']:.3f}",
         facts["backend"],
@@ -66,7 +66,7 @@ def _cells(entry: dict[str, Any], dense_s: float | None) -> tuple[str, ...]:
         ratio,
         f"{facts['max_error']:.1e}" if "max_error" in facts else "-",
         f"{facts['relative_l1']:.3f}" if "relative_l1" in facts else "-",
-    )
+    ]
 
 
 def _median_s(entry: dict[str, Any]) -> float:
@@ -80,7 +80,7 @@ def _label(entry: dict[str, Any]) -> str:
 
 def _provenance(run: dict[str, Any]) -> str:
     facts = run["benchmarks"][0]["extra_info"]
-    commit = run.get("commit_info", {}).get("id", "unknown")
+    commit = facts.get("commit") or run.get("commit_info", {}).get("id", "unknown")
     calls = f"{facts['calls']} calls in a row" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
     return (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core import AttentionContext, BlockSparseMask, TokenLayout
-from harness.environment import device_name, resolve_device
+from harness.environment import device_name, git_state, resolve_device
 from harness.errors import BenchError
 from harness.jobs import resolve_specs
 from harness.structured_inputs import structured_query_key
@@ -61,6 +61,7 @@ class Call:
             "dtype": str(self.query.dtype).removeprefix("torch."),
             "device": device_name(self.query.device),
             "torch": torch.__version__,
+            "commit": git_state()[0],
         }
 
 
