@@ -51,6 +51,7 @@ class AppliedStrategy:
         self._layers = adapter.attention_layers(denoiser)
         self._attends = [LayerAttention(self, index) for index in range(len(self._layers))]
         self._refuse_second_strategy()
+        strategy.check_model(len(self._layers), getattr(self._layers[0], "heads", None))
         self._install()
         strategy.installed = True
         # Kept out of graphs where the whole denoiser is compiled: they read values off the device.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from core.argument_checks import check_block_shape, check_tensors_given
 from core.errors import LayoutError
 
 
@@ -45,6 +46,7 @@ class BlockSparseMask:
     key_length: int
 
     def __post_init__(self) -> None:
+        check_tensors_given(counts=self.counts, indices=self.indices)
         for label, tensor, dims in (("counts", self.counts, 3), ("indices", self.indices, 4)):
             if tensor.dtype != torch.int32 or tensor.dim() != dims:
                 raise LayoutError(
@@ -85,12 +87,8 @@ class BlockSparseMask:
         Raises:
             LayoutError: the matrix has another number of blocks than the lengths ask for, or is no matrix.
         """
-        sizes_fit = isinstance(block_size, tuple | list) and len(block_size) == 2 and min(block_size) > 0
-        if not isinstance(blocks, torch.Tensor) or not sizes_fit:
-            raise LayoutError(
-                "expected a bool tensor of blocks and the tokens of a (query block, key block), such as "
-                f"(128, 128); got {type(blocks).__name__} and {block_size!r}"
-            )
+        check_tensors_given(blocks=blocks)
+        check_block_shape(block_size, query_length, key_length)
         expected = (block_count(query_length, block_size[0]), block_count(key_length, block_size[1]))
         if blocks.dtype != torch.bool or not 2 <= blocks.dim() <= 4 or tuple(blocks.shape[-2:]) != expected:
             raise LayoutError(
@@ -112,6 +110,7 @@ class BlockSparseMask:
         device: torch.device | str = "cpu",
     ) -> "BlockSparseMask":
         """The mask that keeps every block (density 1)."""
+        check_block_shape(block_size, query_length, key_length)
         rows, columns = block_count(query_length, block_size[0]), block_count(key_length, block_size[1])
         blocks = torch.ones(rows, columns, dtype=torch.bool, device=device)
         return cls.from_blocks(blocks, block_size, query_length, key_length)
@@ -177,8 +176,11 @@ class BlockSparseMask:
         """Lists of a FlexAttention ``BlockMask``.
 
         Raises:
-            LayoutError: the mask has partial blocks, which a ``BlockSparseMask`` cannot express.
+            LayoutError: it is no ``BlockMask``, or has partial blocks, which a ``BlockSparseMask`` cannot
+                express.
         """
+        if not isinstance(block_mask, BlockMask):
+            raise LayoutError(f"expected a BlockMask of FlexAttention, got {type(block_mask).__name__}")
         counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
         if counts is None or indices is None or block_mask.kv_num_blocks.any():
             raise LayoutError(

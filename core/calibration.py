@@ -92,6 +92,20 @@ class Calibration(BaseModel):
         table = next(iter(self.values.values()))
         return len(table), len(table[0])
 
+    def check_size(self, num_layers: int, num_heads: int | None) -> None:
+        """Refuse a model of other layers or heads; ``num_heads`` is None where it is not known.
+
+        Raises:
+            ParameterError: the calibration is of another model.
+        """
+        layers, heads = self.size
+        if (num_layers, heads if num_heads is None else num_heads) != (layers, heads):
+            given = f"{num_layers} layers" + ("" if num_heads is None else f" of {num_heads} heads")
+            raise ParameterError(
+                f"the calibration is of {self.model}, {layers} layers of {heads} heads; this model has "
+                f"{given}; run python -m harness.tune for it, or leave calibration out"
+            )
+
     def check_call(self, query: torch.Tensor, context: AttentionContext) -> None:
         """Refuse a call of another model or shape.
 

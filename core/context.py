@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from core.errors import LayoutError
 from core.layout import TokenLayout
 
 Branch = Literal["both", "cond", "uncond"]
@@ -22,6 +23,9 @@ class AttentionContext:
         branch (str): ``"cond"``, ``"uncond"`` or ``"both"`` (one batch holds the two halves of
             classifier-free guidance, or guidance is off). Default: ``"both"``
         causal (bool): no query sees a later key (language models). Default: False
+
+    Raises:
+        LayoutError: ``layout`` is no TokenLayout.
     """
 
     layout: TokenLayout
@@ -32,6 +36,13 @@ class AttentionContext:
     timestep: float | None = None
     branch: Branch = "both"
     causal: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, TokenLayout):
+            raise LayoutError(
+                "AttentionContext.layout must be a TokenLayout, such as TokenLayout(226, 13, 30, 45); got "
+                f"{self.layout!r}"
+            )
 
     def at_layer(self, layer_index: int) -> "AttentionContext":
         """The same call facts at another layer."""

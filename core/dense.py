@@ -1,5 +1,6 @@
 """Exact dense attention by the fastest kernel that is present on the device."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from core.argument_checks import check_tensors_given, shapes_of
 from core.dense_packages import PACKAGES, package_attention, package_obstacle
-from core.errors import UnsupportedCallError
+from core.errors import LayoutError, ParameterError, UnsupportedCallError
 
 TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BACKENDS = ("sdpa", *TORCH_BACKENDS, *PACKAGES)
@@ -55,6 +57,19 @@ def _torch_supports(
     return can_use_cudnn_attention(call) if name == "cudnn" else can_use_flash_attention(call)
 
 
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    check_tensors_given(query=query, key=key, value=value)
+    if not query.dim() == key.dim() == value.dim() == 4:
+        shapes = shapes_of(query=query, key=key, value=value)
+        raise LayoutError(f"query, key and value must be [B, H, N, D]; got {shapes}")
+    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    if not alike or not query.is_floating_point():
+        raise LayoutError(
+            "query, key and value must share a floating dtype and a device; got "
+            + ", ".join(f"{part.dtype} on {part.device}" for part in (query, key, value))
+        )
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -81,8 +96,13 @@ def attention(
         Tensor: ``[B, Hq, Nq, D]`` in the dtype of ``query``.
 
     Raises:
+        LayoutError: query, key and value are no tensors ``[B, H, N, D]`` of one floating dtype and device.
+        ParameterError: ``scale`` is no number.
         UnsupportedCallError: ``backend`` is not one of these names or cannot take the call.
     """
+    _check_tensors(query, key, value)
+    if scale is not None and not isinstance(scale, Real):
+        raise ParameterError(f"scale must be a number, got {scale!r}")
     if backend == "auto":
         backend = resolve_dense_backend(query, key, value, causal=causal)
     if backend not in BACKENDS:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from core.argument_checks import check_block_shape, check_tensors_given
 from core.block_mask import BlockSparseMask, block_count, block_lengths
 from core.errors import LayoutError
 
@@ -38,6 +39,7 @@ class LevelMask:
     key_length: int
 
     def __post_init__(self) -> None:
+        check_tensors_given(counts=self.counts, indices=self.indices)
         for label, tensor in (("counts", self.counts), ("indices", self.indices)):
             if tensor.dtype != torch.int32 or tensor.dim() != 4:
                 raise LayoutError(
@@ -85,6 +87,8 @@ class LevelMask:
         Raises:
             LayoutError: the matrix has another number of blocks than the lengths ask for.
         """
+        check_tensors_given(levels=levels)
+        check_block_shape(block_size, query_length, key_length)
         expected = (block_count(query_length, block_size[0]), block_count(key_length, block_size[1]))
         if levels.dtype != torch.int8 or not 2 <= levels.dim() <= 4 or tuple(levels.shape[-2:]) != expected:
             raise LayoutError(
@@ -96,7 +100,13 @@ class LevelMask:
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockSparseMask) -> "LevelMask":
-        """The same blocks, all at level 1."""
+        """The same blocks, all at level 1.
+
+        Raises:
+            LayoutError: it is no ``BlockSparseMask``.
+        """
+        if not isinstance(block_mask, BlockSparseMask):
+            raise LayoutError(f"expected a BlockSparseMask, got {type(block_mask).__name__}")
         counts = torch.zeros(
             *block_mask.counts.shape, len(LEVELS), dtype=torch.int32, device=block_mask.device
         )

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from core.context import AttentionContext
+from core.errors import LayoutError
 
 
 def call_generator(seed: int, context: AttentionContext, device: torch.device | str) -> torch.Generator:
@@ -17,7 +18,12 @@ def call_generator(seed: int, context: AttentionContext, device: torch.device | 
 
     Returns:
         torch.Generator: freshly seeded; equal calls draw equal numbers.
+
+    Raises:
+        LayoutError: ``context`` is no AttentionContext.
     """
+    if not isinstance(context, AttentionContext):
+        raise LayoutError(f"context must be an AttentionContext, got {type(context).__name__}")
     place = f"{seed}/{context.layer_index}/{context.step_index}".encode()
     digest = hashlib.blake2b(place, digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -200,6 +200,8 @@ def create_strategy(name: str, *, preset: str | None = None, **parameters: Any) 
         StrategyNotFoundError: no such strategy or preset.
         ParameterError: a parameter is unknown or out of range.
     """
+    if not isinstance(name, str):
+        raise StrategyNotFoundError(f"a strategy is asked for by its name, such as 'radial'; got {name!r}")
     strategy = installed().strategy(name)
     values = dict(installed().preset(name, preset).parameters) if preset else {}
     return strategy(**(values | parameters))

@@ -1,6 +1,7 @@
 """AttentionStrategy: the one interface that every sparse-attention method implements."""
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from core.argument_checks import check_tensors_given, shapes_of
 from core.context import AttentionContext
 from core.dense import attention, resolve_dense_backend
 from core.errors import LayoutError, NonFiniteOutputError, UnsupportedCallError
@@ -128,6 +130,14 @@ class AttentionStrategy(ABC):
         """
         return None
 
+    def check_model(self, num_layers: int, num_heads: int | None) -> None:
+        """Refuse a model that these parameters are not for; called before a model gets the strategy.
+
+        Args:
+            num_layers (int): attention layers of the model.
+            num_heads (int, Optional): query heads of a layer; None where the model does not tell.
+        """
+
     def reset(self) -> None:
         """Forget per-layer state; called at the start of each video. Plans are kept."""
 
@@ -170,6 +180,7 @@ class AttentionStrategy(ABC):
             UnsupportedCallError: the call is outside ``capabilities``.
             NonFiniteOutputError: see the parameter ``nan_guard``.
         """
+        check_tensors_given(query=query, key=key, value=value)
         query, key, value = _autocast(query, key, value)
         self._check_call(query, key, value, context)
         stopwatch = self.record.start(query.device)
@@ -193,9 +204,9 @@ class AttentionStrategy(ABC):
             return
         contexts, sums = zip(*self._unverified, strict=True)
         self._unverified.clear()
-        finite = torch.isfinite(torch.stack(sums)).tolist()
-        if not all(finite):
-            self._raise_broken(contexts[finite.index(False)])
+        for context, total in zip(contexts, torch.stack(sums).tolist(), strict=True):
+            if not math.isfinite(total):
+                self._raise_broken(context)
 
     def _warm_up_reason(self, context: AttentionContext) -> str | None:
         early_layer = context.layer_index < self.parameters.dense_layers
@@ -211,7 +222,7 @@ class AttentionStrategy(ABC):
         if guard == "raise" and self.installed and output.is_cuda:
             self._unverified.append((context, total))
             return False
-        broken = not bool(torch.isfinite(total))
+        broken = not math.isfinite(float(total))
         if broken and guard == "raise":
             self._raise_broken(context)
         return broken
@@ -234,11 +245,20 @@ class AttentionStrategy(ABC):
     def _check_call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> None:
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3]:
-            raise LayoutError(f"expected query [B, Hq, Nq, D] and key, value [B, Hkv, Nk, D]; got {shapes}")
+            raise LayoutError(
+                "expected query [B, Hq, Nq, D] and key, value [B, Hkv, Nk, D]; got "
+                + shapes_of(query=query, key=key, value=value)
+            )
         if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-            raise LayoutError(f"query and key must share batch and head_dim; got {shapes}")
+            raise LayoutError(
+                f"query and key must share batch and head_dim; got {shapes_of(query=query, key=key)}"
+            )
+        if not isinstance(context, AttentionContext):
+            raise LayoutError(
+                "the fourth argument must be an AttentionContext, such as AttentionContext(layout); got "
+                f"{type(context).__name__}"
+            )
         if query.shape[2] != context.layout.sequence_length:
             raise LayoutError(
                 f"the layout has {context.layout.describe()}, but query has {query.shape[2]} tokens"
@@ -252,13 +272,14 @@ class AttentionStrategy(ABC):
             (can.causal or not context.causal, "causal attention"),
             (can.gqa or query.shape[1] == key.shape[1], "fewer key heads than query heads (GQA)"),
             (key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0, "Hq that is no multiple of Hkv"),
-            (query.device.type in can.devices, f"device {query.device.type} (has {', '.join(can.devices)})"),
-            (query.dtype in can.dtypes, f"dtype {query.dtype} (has {', '.join(map(str, can.dtypes))})"),
-            (can.head_dims is None or query.shape[3] in can.head_dims, f"head_dim {query.shape[3]}"),
+            (query.device.type in can.devices, "device {query.device.type} (has {can.devices})"),
+            (query.dtype in can.dtypes, "{query.dtype} (has {can.dtypes})"),
+            (can.head_dims is None or query.shape[3] in can.head_dims, "head_dim {query.shape[3]}"),
         )
         for supported, what in checks:
             if not supported:
-                raise UnsupportedCallError(f"strategy '{self.name}' does not support {what}")
+                named = what.format(query=query, can=can)
+                raise UnsupportedCallError(f"strategy '{self.name}' does not support {named}")
         if not can.backward and torch.is_grad_enabled() and query.requires_grad:
             raise UnsupportedCallError(
                 f"strategy '{self.name}' has no backward pass; call it under torch.no_grad()"

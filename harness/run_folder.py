@@ -36,26 +36,13 @@ class RunFolder:
         except OSError as error:
             raise BenchError(f"cannot write to output folder {path}: {error.strerror}") from None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder for this process; the system lets go of it however the process ends.
 
         Raises:
             BenchError: another benchmark writes to this folder.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock; two runs on one folder are then the user's to avoid
-            yield
-            return
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BenchError(
-                    f"another benchmark is running in {self.path}; wait for it or choose another --output"
-                ) from None
-            yield
+        return locked(self.path / ".lock", f"another benchmark is running in {self.path}")
 
     def open(self, run: dict[str, Any], repair: bool) -> list[str]:
         """Prepare the folder for (further) rows and write ``run.json``.
@@ -140,6 +127,30 @@ class RunFolder:
                     f"{self.path} holds results with {_difference(name, row[name], run[name])}; "
                     "choose another --output, or move that folder away"
                 )
+
+
+@contextlib.contextmanager
+def locked(path: Path, reason: str) -> Iterator[None]:
+    """Hold a lock file for this process; the system lets go of it however the process ends.
+
+    Args:
+        path (Path): the lock file, made if it does not exist.
+        reason (str): why the caller cannot have it, if another process holds it.
+
+    Raises:
+        BenchError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; two calls for one output are then the user's to avoid
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BenchError(f"{reason}; wait for it or choose another --output") from None
+        yield
 
 
 def no_space(path: Path, error: OSError) -> BenchError:

@@ -4,6 +4,7 @@ Exit codes: 0 the calibration is written, 2 bad input or no way to go on, 130 st
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -23,7 +24,7 @@ from harness.errors import BenchError
 from harness.generate import denoise
 from harness.jobs import StrategySpec, parse_spec
 from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
-from harness.run_folder import utc_now
+from harness.run_folder import locked, utc_now
 from harness.tuning import Measurement, ProbeStrategy, choose_values, sampled_steps
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        calibrate(parse_arguments(arguments), shlex.join(["python", "-m", "harness.tune", *arguments]))
+        config = parse_arguments(arguments)
+        with _output_held(config.output):
+            calibrate(config, shlex.join(["python", "-m", "harness.tune", *arguments]))
     except (BenchError, SparseAttnError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -148,7 +151,6 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
     requested = {"steps": config.steps}
     check_request(config.model, requested)
     model = load_model(config.model, requested, device, config.dtype)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     first = config.spec.create().parameters.dense_timesteps
     steps = sampled_steps(first, model.settings.steps, config.steps_measured)
     values = installed().strategy(config.spec.name).tunable[config.knob]
@@ -190,6 +192,15 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
     _progress_file(config).unlink(missing_ok=True)
     _print_summary(config, calibration)
     return calibration
+
+
+def _output_held(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Two calls at once would mix their measurements in one progress file."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"cannot write to {output.parent}: {error.strerror}") from None
+    return locked(output.with_name(f".{output.name}.lock"), f"another calibration is written to {output}")
 
 
 def _fixed_parameters(config: TuneConfig) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 Shape letters: B batch, H query heads, N tokens, M blocks, m sampled tokens per block, D head dimension.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from core.argument_checks import check_tensors_given
 from core.block_mask import block_count
 from core.errors import LayoutError, ParameterError
 from kernels_common.permutation import gather_tokens
+from kernels_common.tensor_checks import resolve_scale
 from kernels_common.triton_choice import runs_triton
 
 MAX_SAMPLES = 128  # sampled tokens per block that one tile of the kernel holds
@@ -47,7 +48,10 @@ def sample_blocks(length: int, block: int, samples: int, generator: torch.Genera
     Raises:
         ParameterError: the numbers are outside what is stated.
     """
-    if length < 1 or not 1 <= samples <= min(block, MAX_SAMPLES) or samples & (samples - 1):
+    if not isinstance(generator, torch.Generator):
+        raise ParameterError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    whole = all(isinstance(number, int) for number in (length, block, samples))
+    if not whole or length < 1 or not 1 <= samples <= min(block, MAX_SAMPLES) or samples & (samples - 1):
         raise ParameterError(
             f"samples must be a power of two up to the block and {MAX_SAMPLES}, of at least 1 token; "
             f"got {samples} samples of blocks of {block} of {length} tokens"
@@ -158,6 +162,9 @@ def _sampled_importance(
     maximum: bool,
 ) -> torch.Tensor:
     scale = _check(query, key, scale)
+    for sample in (query_sample, key_sample):
+        if not isinstance(sample, BlockSample):
+            raise LayoutError(f"samples must come from sample_blocks, got {type(sample).__name__}")
     query = gather_tokens(query.detach(), query_sample.positions)
     key = gather_tokens(key.detach(), key_sample.positions)
     samples = (query_sample.per_block, key_sample.per_block)
@@ -208,6 +215,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> float:
     """The scale to use."""
+    check_tensors_given(queries=query, keys=key)
     shapes = f"{tuple(query.shape)} on {query.device} and {tuple(key.shape)} on {key.device}"
     if not query.dim() == key.dim() == 4 or query.device != key.device or query.dtype != key.dtype:
         raise LayoutError(f"queries and keys must be [B, H, N, D], alike in dtype and device; got {shapes}")
@@ -215,7 +223,4 @@ def _check(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> float
         raise LayoutError(f"queries and keys must share B and D and not be empty; got {shapes}")
     if query.shape[1] % key.shape[1]:
         raise LayoutError(f"query heads must be a multiple of key heads; got {shapes}")
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ParameterError(f"scale must be positive and finite, got {scale}")
-    return scale
+    return resolve_scale(scale, query.shape[3])

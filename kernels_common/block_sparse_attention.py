@@ -4,19 +4,19 @@
 the same for those who want nothing but the output.
 """
 
-import math
 from typing import Literal, NamedTuple, overload
 
 import torch
 
+from core.argument_checks import check_tensors_given
 from core.block_mask import BlockSparseMask
-from core.errors import LayoutError, ParameterError, UnsupportedCallError
+from core.errors import LayoutError, UnsupportedCallError
 from kernels_common.block_sparse_backends import QUANTIZATIONS, CallFeatures, resolve_backend
 from kernels_common.block_sparse_operator import (
     block_sparse_attention_op,
     block_sparse_attention_quantized_op,
 )
-from kernels_common.tensor_checks import check_extras, check_mask, check_tensors
+from kernels_common.tensor_checks import check_extras, check_mask, check_tensors, resolve_scale
 
 
 class BlockSparseOutput(NamedTuple):
@@ -159,9 +159,7 @@ def attend_blocks(
     check_extras(query, key, key_lengths, bias)
     features = _features(query, key_lengths, bias, causal, quantization, skip_threshold)
     _check_gradients(query, key, value, bias, features)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ParameterError(f"scale must be positive and finite, got {scale}")
+    scale = resolve_scale(scale, query.shape[3])
     backend = resolve_backend(query, block_mask, backend, features)
     tensors = (query, key, value, block_mask.counts, block_mask.indices, key_lengths, bias)
     sizes = (*block_mask.block_size, scale)
@@ -186,6 +184,8 @@ def _features(
         raise UnsupportedCallError(
             f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}"
         )
+    if skip_threshold is not None:
+        check_tensors_given(skip_threshold=skip_threshold)
     if skip_threshold is not None and (
         skip_threshold.shape != query.shape[1:2]
         or skip_threshold.dtype != torch.float32

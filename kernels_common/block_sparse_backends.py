@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from core.argument_checks import check_tensors_given
 from core.block_mask import BlockSparseMask
 from core.errors import UnsupportedCallError
 from kernels_common.triton_choice import triton_obstacle
@@ -71,6 +72,7 @@ def resolve_backend(
     Raises:
         UnsupportedCallError: the backend does not exist or does not support this call.
     """
+    check_tensors_given(query=query)
     if backend == "auto":
         return _fastest(query, block_mask, features)
     if backend not in BACKENDS:

@@ -8,7 +8,6 @@ to every tile it costs 2 to 12 %).
 Shape letters: M and N tokens of a query and a key tile, D head dimension padded to a power of two.
 """
 
-
 import torch
 import triton
 import triton.language as tl

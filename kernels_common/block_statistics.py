@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from core.argument_checks import check_tensors_given
 from core.block_mask import block_lengths
 from core.errors import LayoutError, ParameterError
+from kernels_common.permutation import ORDER_DTYPES
 from kernels_common.triton_choice import runs_triton
 
 
@@ -25,7 +27,13 @@ class BlockStatistics(NamedTuple):
     similarity: torch.Tensor
 
 
-def block_means(tensor: torch.Tensor, block: int, *, subtract: torch.Tensor | None = None) -> BlockStatistics:
+def block_means(
+    tensor: torch.Tensor,
+    block: int,
+    *,
+    subtract: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> BlockStatistics:
     """Mean token and self-similarity of every block (SpargeAttn, arXiv 2502.18137), in one read.
 
     Self-similarity is the mean of ``cos(x_i, x_j)`` over all i and j of the block, which equals
@@ -37,18 +45,21 @@ def block_means(tensor: torch.Tensor, block: int, *, subtract: torch.Tensor | No
         block (int): tokens of a block, >= 1.
         subtract (Tensor, Optional): ``[B, H, 1, D]`` taken from every token first, such as the keys' mean
             (:func:`token_mean`). Default: none
+        order (Tensor, Optional): ``[N]`` int32 or int64: blocks are of the tokens in this order, which are
+            read where they stand. The indices are trusted. Default: ``[0, ..., S - 1]``
 
     Returns:
         BlockStatistics: mean ``[B, H, M, D]`` and similarity ``[B, H, M]``.
 
     Raises:
         LayoutError: shapes or devices do not fit together.
-        ParameterError: ``block`` is not positive.
+        ParameterError: ``block`` is no positive whole number.
     """
     _check_tokens(tensor)
-    if block < 1:
-        raise ParameterError(f"a block must have at least 1 token, got {block}")
+    if not isinstance(block, int) or block < 1:
+        raise ParameterError(f"a block must have a whole number of tokens, at least 1; got {block!r}")
     if subtract is not None:
+        check_tensors_given(subtract=subtract)
         expected = (*tensor.shape[:2], 1, tensor.shape[3])
         if tuple(subtract.shape) != expected or subtract.device != tensor.device:
             raise LayoutError(
@@ -56,11 +67,21 @@ def block_means(tensor: torch.Tensor, block: int, *, subtract: torch.Tensor | No
                 f"on {subtract.device}"
             )
         subtract = subtract.detach()
+    if order is not None:
+        check_tensors_given(order=order)
+    if order is not None and (
+        order.dim() != 1 or order.dtype not in ORDER_DTYPES or order.device != tensor.device
+    ):
+        raise LayoutError(
+            f"order must be int32 or int64 [N] on {tensor.device}, got {order.dtype} {tuple(order.shape)} "
+            f"on {order.device}"
+        )
     if not runs_triton(tensor):
-        return block_means_torch(tensor.detach(), block, subtract)
+        tokens = tensor.detach() if order is None else tensor.detach().index_select(2, order)
+        return block_means_torch(tokens, block, subtract)
     from kernels_common.block_statistics_triton import block_means_triton
 
-    return BlockStatistics(*block_means_triton(tensor.detach(), block, subtract))
+    return BlockStatistics(*block_means_triton(tensor.detach(), block, subtract, order))
 
 
 def token_mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,6 +112,7 @@ def block_means_torch(tensor: torch.Tensor, block: int, subtract: torch.Tensor |
 
 
 def _check_tokens(tensor: torch.Tensor) -> None:
+    check_tensors_given(tokens=tensor)
     if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.shape[2] == 0:
         raise LayoutError(
             f"expected floating [B, H, S, D] with S >= 1, got {tensor.dtype} {tuple(tensor.shape)}"

@@ -2,6 +2,9 @@
 
 import torch
 
+from core.argument_checks import check_tensors_given, shapes_of
+from core.errors import LayoutError
+
 
 def merge_by_lse(
     output: torch.Tensor, lse: torch.Tensor, other_output: torch.Tensor, other_lse: torch.Tensor
@@ -20,7 +23,17 @@ def merge_by_lse(
     Returns:
         tuple[Tensor, Tensor]: output ``[..., Nq, D]`` in the dtype of ``output``, log-sum-exp
         ``[..., Nq]`` fp32.
+
+    Raises:
+        LayoutError: shapes do not fit together.
     """
+    check_tensors_given(output=output, lse=lse, other_output=other_output, other_lse=other_lse)
+    shape, rows = output.shape, lse.shape
+    if (other_output.shape, other_lse.shape) != (shape, rows) or shape[:-1] != rows:
+        raise LayoutError(
+            "two attention results [..., Nq, D] with log-sum-exp [..., Nq] must be alike; got "
+            + shapes_of(output=output, lse=lse, other_output=other_output, other_lse=other_lse)
+        )
     # The finite floor keeps -inf - peak from being NaN where both parts are empty.
     peak = torch.maximum(lse, other_lse).clamp(min=torch.finfo(lse.dtype).min)
     weight, other_weight = torch.exp(lse - peak), torch.exp(other_lse - peak)

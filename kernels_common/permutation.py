@@ -4,8 +4,11 @@ from typing import TypeVar
 
 import torch
 
+from core.argument_checks import check_tensors_given
 from core.errors import LayoutError
 from kernels_common.triton_choice import runs_triton
+
+ORDER_DTYPES = (torch.int32, torch.int64)
 
 Tokens = TypeVar("Tokens", torch.Tensor, tuple[torch.Tensor, ...])
 
@@ -18,8 +21,8 @@ def gather_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
     Args:
         tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each; tensors of a tuple may differ in H and
             strides only.
-        order (Tensor): int64 token indices, ``[N]`` for all heads alike or ``[B or 1, H or 1, N]``; N may
-            differ from S. The indices are trusted.
+        order (Tensor): int32 or int64 token indices, ``[N]`` for all heads alike or ``[B or 1, H or 1, N]``;
+            N may differ from S. The indices are trusted.
 
     Returns:
         Tensor or tuple[Tensor, ...]: ``[B, H, N, D]`` each, contiguous.
@@ -45,7 +48,8 @@ def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
     Args:
         tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each; tensors of a tuple may differ in H and
             strides only.
-        order (Tensor): permutation of 0 to S - 1, ``[S]`` or ``[B or 1, H or 1, S]`` int64. It is trusted.
+        order (Tensor): permutation of 0 to S - 1, ``[S]`` or ``[B or 1, H or 1, S]`` int32 or int64. It is
+            trusted.
 
     Returns:
         Tensor or tuple[Tensor, ...]: ``[B, H, S, D]`` each, in the memory order of its source.
@@ -64,7 +68,7 @@ def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
         _move(sources, results, order, scatter=True)
     elif order.dim() == 1:
         results = tuple(
-            target.index_copy_(2, order, part) for part, target in zip(sources, results, strict=True)
+            target.index_copy_(2, order.long(), part) for part, target in zip(sources, results, strict=True)
         )
     else:
         results = tuple(
@@ -75,14 +79,24 @@ def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
 
 
 def invert_permutation(order: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes ``order``, ``[..., S]`` int64, in linear time."""
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    """The permutation that undoes ``order``, ``[..., S]`` in its dtype, in linear time.
+
+    Raises:
+        LayoutError: it is no int32 or int64 tensor.
+    """
+    check_tensors_given(order=order)
+    if order.dtype not in ORDER_DTYPES:
+        raise LayoutError(f"an order must be int32 or int64, got {order.dtype}")
+    places = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order.long(), places)
 
 
 def _check(tokens: torch.Tensor | tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as a tuple."""
     sources = tokens if isinstance(tokens, tuple) else (tokens,)
+    check_tensors_given(order=order, **{f"tokens[{i}]": part for i, part in enumerate(sources)})
+    if not sources:
+        raise LayoutError("tokens must be a tensor or a tuple of at least one tensor, got ()")
     first = sources[0]
     for part in sources:
         alike = (part.dtype, part.device, part.shape[0], part.shape[2:]) == (
@@ -96,9 +110,13 @@ def _check(tokens: torch.Tensor | tuple[torch.Tensor, ...], order: torch.Tensor)
         per_head = (
             order.dim() == 3 and order.shape[0] in (1, part.shape[0]) and order.shape[1] in (1, part.shape[1])
         )
-        if order.dtype != torch.int64 or order.device != part.device or not (order.dim() == 1 or per_head):
+        if (
+            order.dtype not in ORDER_DTYPES
+            or order.device != part.device
+            or not (order.dim() == 1 or per_head)
+        ):
             raise LayoutError(
-                f"an order for tokens {tuple(part.shape)} on {part.device} must be int64 [N] or "
+                f"an order for tokens {tuple(part.shape)} on {part.device} must be int32 or int64 [N] or "
                 f"[B or 1, H or 1, N] there, got {order.dtype} {tuple(order.shape)} on {order.device}"
             )
     return sources
@@ -124,4 +142,4 @@ def _move(
 
 def _expand(order: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     batch, heads, _, dim = tensor.shape
-    return order[..., None].expand(batch, heads, -1, dim)
+    return order.long()[..., None].expand(batch, heads, -1, dim)

@@ -34,8 +34,8 @@ def move_tokens_kernel(
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
     inside = places < count
-    listed = tl.load(order_ptr + batch * stride_ob + head * stride_oh + places, mask=inside, other=0)[:, None]
-    places = places.to(tl.int64)[:, None]
+    listed = tl.load(order_ptr + batch * stride_ob + head * stride_oh + places, mask=inside, other=0)
+    listed, places = listed.to(tl.int64)[:, None], places.to(tl.int64)[:, None]
     for part in tl.static_range(len(sources)):
         # Keys and values may have fewer heads than queries.
         mask = inside[:, None] & (columns < HEAD_DIM) & (head < tensor_heads[part])

@@ -9,18 +9,17 @@ The public function checks the call and settles the backend, then enters one cus
 (``sparse_attn::pooled_attention``) with a fake kernel and a gradient.
 """
 
-import math
 from typing import Any, Literal, overload
 
 import torch
 
 from core.block_mask import BlockSparseMask
-from core.errors import LayoutError, ParameterError, UnsupportedCallError
+from core.errors import LayoutError, UnsupportedCallError
 from core.level_mask import LevelMask
 from kernels_common.pooled_attention_backward_torch import pooled_attention_backward_torch
 from kernels_common.pooled_attention_reference import pooled_attention_reference
 from kernels_common.pooled_attention_torch import pooled_attention_torch
-from kernels_common.tensor_checks import check_mask, check_tensors
+from kernels_common.tensor_checks import check_mask, check_tensors, resolve_scale
 from kernels_common.triton_choice import triton_obstacle
 
 POOLED_BACKENDS = ("reference", "torch", "triton")
@@ -134,9 +133,7 @@ def pooled_attention(
         level_mask.key_length,
     )
     check_mask(query, key, level_one)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ParameterError(f"scale must be positive and finite, got {scale}")
+    scale = resolve_scale(scale, query.shape[3])
     output, lse = pooled_attention_op(
         query,
         key,

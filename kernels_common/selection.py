@@ -4,10 +4,14 @@ Entries are ranked by falling importance, ties by rising index, so that every fo
 Shape letters: B batch, H heads, M blocks.
 """
 
+from numbers import Real
+
 import torch
 
+from core.argument_checks import check_block_shape, check_tensors_given
 from core.block_mask import BlockSparseMask, block_count
 from core.errors import LayoutError, ParameterError
+from core.level_mask import level_lists
 from kernels_common.triton_choice import runs_triton
 
 # Sums of importances are taken in multiples of 2^-36 as integers: exact in any order.
@@ -123,6 +127,7 @@ def lists_from_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     Raises:
         LayoutError: not bool with four dimensions.
     """
+    check_tensors_given(blocks=blocks)
     if blocks.dtype != torch.bool or blocks.dim() != 4:
         raise LayoutError(f"blocks must be bool [B, H, Mq, Mk], got {blocks.dtype} {tuple(blocks.shape)}")
     if runs_triton(blocks):
@@ -133,16 +138,42 @@ def lists_from_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return mask.counts, mask.indices
 
 
-def top_k_blocks(importance: torch.Tensor, counts: torch.Tensor, forced: torch.Tensor | None) -> torch.Tensor:
+def lists_from_levels(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of levels: what :meth:`LevelMask.from_levels` makes, by one launch on GPUs.
+
+    Args:
+        levels (Tensor): ``[B or 1, H or 1, Mq, Mk]`` int8: 1, 2, 4 or 8; others leave the block out.
+
+    Returns:
+        tuple[Tensor, Tensor]: counts per level ``[B or 1, H or 1, Mq, 4]`` and indices
+        ``[B or 1, H or 1, Mq, Mk]``, level by level and ascending, both int32; entries past the counts are
+        undefined.
+
+    Raises:
+        LayoutError: not int8 with four dimensions.
+    """
+    check_tensors_given(levels=levels)
+    if levels.dtype != torch.int8 or levels.dim() != 4:
+        raise LayoutError(f"levels must be int8 [B, H, Mq, Mk], got {levels.dtype} {tuple(levels.shape)}")
+    if runs_triton(levels):
+        from kernels_common.selection_triton import lists_from_levels_triton
+
+        return lists_from_levels_triton(levels)
+    return level_lists(levels)
+
+
+def top_k_blocks(
+    importance: torch.Tensor, counts: int | torch.Tensor, forced: torch.Tensor | None
+) -> torch.Tensor:
     """Kept blocks by a sort, ``[B, H, Mq, Mk]`` bool.
 
     Args:
         importance (Tensor): ``[B, H, Mq, Mk]``.
-        counts (Tensor): blocks to choose per head, ``[H or 1]`` int32.
+        counts (int | Tensor): blocks to choose, or ``[H or 1]`` int32, their number per head.
         forced (Tensor, Optional): ``[B, H, Mq, Mk]`` bool.
     """
     _, order = _ranked(importance, forced)
-    return _first(order, counts[:, None], forced)
+    return _first(order, counts if isinstance(counts, int) else counts[:, None, None], forced)
 
 
 def mass_blocks(
@@ -168,7 +199,7 @@ def mass_blocks(
     target = share * total.to(torch.float64)
     below = (sums < target if include_crossing else sums <= target).sum(-1) + int(include_crossing)
     found = below.masked_fill(total[..., 0] == 0, 0).where(share[..., 0] < 1.0, importance.shape[3])
-    return _first(order, found.clamp(*bounds), forced)
+    return _first(order, found.clamp(*bounds)[..., None], forced)
 
 
 def _ranked(importance: torch.Tensor, forced: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,9 +210,9 @@ def _ranked(importance: torch.Tensor, forced: torch.Tensor | None) -> tuple[torc
     return candidates.sort(dim=-1, descending=True, stable=True)
 
 
-def _first(order: torch.Tensor, counts: torch.Tensor, forced: torch.Tensor | None) -> torch.Tensor:
-    """The first ``counts`` (broadcastable to ``[B, H, Mq]``) blocks of every row, and the forced ones."""
-    chosen = (torch.arange(order.shape[-1], device=order.device) < counts[..., None]).expand(order.shape)
+def _first(order: torch.Tensor, counts: int | torch.Tensor, forced: torch.Tensor | None) -> torch.Tensor:
+    """The first ``counts`` (broadcastable to ``[B, H, Mq, 1]``) blocks of every row, and the forced ones."""
+    chosen = (torch.arange(order.shape[-1], device=order.device) < counts).expand(order.shape)
     kept = torch.zeros_like(chosen, memory_format=torch.contiguous_format).scatter_(-1, order, chosen)
     return kept if forced is None else kept | forced
 
@@ -194,6 +225,8 @@ def _check(
     key_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Importance, and forced blocks expanded to its shape."""
+    check_tensors_given(importance=importance)
+    check_block_shape(block_size, query_length, key_length)
     expected = (block_count(query_length, block_size[0]), block_count(key_length, block_size[1]))
     shape = tuple(importance.shape)
     if not importance.is_floating_point() or len(shape) != 4 or shape[2:] != expected:
@@ -204,6 +237,7 @@ def _check(
     importance = importance.detach()
     if forced is None:
         return importance, None
+    check_tensors_given(forced=forced)
     trailing = zip(reversed(forced.shape), reversed(shape), strict=False)
     fits = forced.dim() <= 4 and all(size in (1, wanted) for size, wanted in trailing)
     if forced.dtype != torch.bool or not fits or forced.device != importance.device:
@@ -216,19 +250,20 @@ def _check(
 
 def _block_number(name: str, number: int | float, blocks: int) -> int:
     """A number of blocks, or a share of ``blocks``, as a number from 1 to ``blocks``."""
-    if isinstance(number, int) and number >= 1:
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
         return min(number, blocks)
     if isinstance(number, float) and 0.0 < number <= 1.0:
         return max(1, int(number * blocks + ROUNDING))
     raise ParameterError(f"{name} must be an int >= 1 or a share of the blocks in (0, 1], got {number!r}")
 
 
-def _block_counts(name: str, number: int | float | torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Blocks to choose per head, ``[H or 1]`` int32 on the device."""
+def _block_counts(
+    name: str, number: int | float | torch.Tensor, importance: torch.Tensor
+) -> int | torch.Tensor:
+    """Blocks to choose: a number, or ``[H or 1]`` int32 on the device, their number per head."""
     blocks = importance.shape[3]
     if not isinstance(number, torch.Tensor):
-        count = _block_number(name, number, blocks)
-        return torch.full((1,), count, dtype=torch.int32, device=importance.device)
+        return _block_number(name, number, blocks)
     _check_per_head(name, number, importance)
     if number.is_floating_point():
         number = number.to(torch.float64) * blocks + ROUNDING
@@ -240,8 +275,8 @@ def _shares(mass: float | torch.Tensor, importance: torch.Tensor) -> torch.Tenso
     if isinstance(mass, torch.Tensor):
         _check_per_head("mass", mass, importance)
         return mass.to(torch.float64)
-    if not mass > 0.0:
-        raise ParameterError(f"mass must be a share of the importance > 0, got {mass}")
+    if not isinstance(mass, Real) or not mass > 0.0:
+        raise ParameterError(f"mass must be a share of the importance > 0, got {mass!r}")
     return torch.full((1,), float(mass), dtype=torch.float64, device=importance.device)
 
 

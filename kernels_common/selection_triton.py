@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 
 from core.errors import UnsupportedCallError
+from core.level_mask import LEVELS
 
 MAX_KEY_BLOCKS = 16384
 BLOCKS_PER_WARP = 512
 _MASS_UNIT = tl.constexpr(2.0**36)  # as kernels_common.selection.MASS_UNIT
 _LIMIT = tl.constexpr(0x44800000)  # the pattern of 1024.0, which no importance reaches
-_COUNT = tl.constexpr(1 << 16)  # sums of masses are held above sums of up to as many ones
+COUNT_UNIT = tl.constexpr(1 << 16)  # sums of masses are held above sums of up to as many ones
 
 
 @triton.jit
-def _nth_largest(bits, count):
+def nth_largest(bits, count):
     """A pattern that ``count`` entries reach, or, where ties forbid that, the largest that more reach."""
     pattern = tl.full([], 0, tl.int32)
     bit = tl.full([], 1 << 30, tl.int32)
@@ -33,7 +34,7 @@ def _nth_largest(bits, count):
 
 
 @triton.jit
-def _crossing(bits, held, limit):
+def crossing(bits, held, limit):
     """The pattern of the entry with which ``held``, summed by rank, passes ``limit``; the sum before it.
 
     ``held`` holds a mass and a 1 per entry, so that the search ends when one entry is left.
@@ -48,7 +49,7 @@ def _crossing(bits, held, limit):
         pattern = tl.where(beyond, pattern | bit, pattern)
         reached = tl.where(beyond, larger, reached)
         passed = tl.where(beyond, passed, larger)
-        bit = tl.where((reached - passed) % _COUNT == 1, 0, bit >> 1)
+        bit = tl.where((reached - passed) % COUNT_UNIT == 1, 0, bit >> 1)
     return tl.min(tl.where(bits >= pattern, bits, _LIMIT), 0), passed
 
 
@@ -64,14 +65,14 @@ def _forced(
 
 
 @triton.jit
-def _candidate_bits(row, importance_ptr, key_blocks, columns, candidate):
+def candidate_bits(row, importance_ptr, key_blocks, columns, candidate):
     """Bit patterns of a row's importances, -1 where a block is no candidate."""
     values = tl.load(importance_ptr + row.to(tl.int64) * key_blocks + columns, mask=candidate, other=0.0)
     return tl.where(candidate, tl.maximum(values.to(tl.float32).to(tl.int32, bitcast=True), 0), -1)
 
 
 @triton.jit
-def _mass(bits):
+def masses_of(bits):
     """Importances in multiples of 2^-36."""
     return (tl.maximum(bits, 0).to(tl.float32, bitcast=True) * _MASS_UNIT).to(tl.int64)
 
@@ -85,7 +86,7 @@ def _store_list(kept, columns, row, counts_ptr, indices_ptr, key_blocks):
 
 
 @triton.jit
-def _first_ranks(bits, pattern, count):
+def first_ranks(bits, pattern, count):
     """The ``count`` entries of the highest rank; no entry below ``pattern`` is among them, all above are."""
     larger = bits > pattern
     ties = bits == pattern
@@ -96,17 +97,17 @@ def _first_ranks(bits, pattern, count):
 # Sizes and strides change with the sequence length; specialising on them would recompile.
 @triton.jit(
     do_not_specialize=[
-        "stride_wanted", "stride_fb", "stride_fh", "stride_fr", "stride_fc",
+        "number", "stride_number", "stride_fb", "stride_fh", "stride_fr", "stride_fc",
         "heads", "query_blocks", "key_blocks",
     ]
 )  # fmt: skip
 def top_k_kernel(
     importance_ptr,
-    wanted_ptr,
+    number,
     forced_ptr,
     counts_ptr,
     indices_ptr,
-    stride_wanted,
+    stride_number,
     stride_fb,
     stride_fh,
     stride_fr,
@@ -116,8 +117,9 @@ def top_k_kernel(
     key_blocks,
     K: tl.constexpr,
     HAS_FORCED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
-    """List of one row: grid ``(B * H * Mq,)``."""
+    """List of one row: grid ``(B * H * Mq,)``. ``number`` is one for all heads, or points to one per head."""
     row = tl.program_id(0)
     columns = tl.arange(0, K)
     inside = columns < key_blocks
@@ -126,10 +128,13 @@ def top_k_kernel(
         forced = _forced(
             row, forced_ptr, stride_fb, stride_fh, stride_fr, stride_fc, heads, query_blocks, columns, inside
         )
-    bits = _candidate_bits(row, importance_ptr, key_blocks, columns, inside & (forced == 0))
-    wanted = tl.load(wanted_ptr + row // query_blocks % heads * stride_wanted)
-    wanted = tl.minimum(wanted, tl.sum((bits >= 0).to(tl.int32), 0))
-    kept = _first_ranks(bits, _nth_largest(bits, wanted), wanted) | forced
+    bits = candidate_bits(row, importance_ptr, key_blocks, columns, inside & (forced == 0))
+    wanted = tl.sum((bits >= 0).to(tl.int32), 0)
+    if PER_HEAD:
+        wanted = tl.minimum(wanted, tl.load(number + row // query_blocks % heads * stride_number))
+    else:
+        wanted = tl.minimum(wanted, number)
+    kept = first_ranks(bits, nth_largest(bits, wanted), wanted) | forced
     _store_list(kept, columns, row, counts_ptr, indices_ptr, key_blocks)
 
 
@@ -168,9 +173,9 @@ def mass_kernel(
         forced = _forced(
             row, forced_ptr, stride_fb, stride_fh, stride_fr, stride_fc, heads, query_blocks, columns, inside
         )
-    bits = _candidate_bits(row, importance_ptr, key_blocks, columns, inside & (forced == 0))
+    bits = candidate_bits(row, importance_ptr, key_blocks, columns, inside & (forced == 0))
     candidates = tl.sum((bits >= 0).to(tl.int32), 0)
-    masses = _mass(bits)
+    masses = masses_of(bits)
     total = tl.sum(masses, 0)
     share = tl.load(shares_ptr + row // query_blocks % heads * stride_shares)
     target = share * total.to(tl.float64)
@@ -178,20 +183,20 @@ def mass_kernel(
     if INCLUDE_CROSSING:  # sums below the share
         limit = tl.where(limit.to(tl.float64) == target, limit - 1, limit)
 
-    held = tl.where(bits >= 0, masses * _COUNT + 1, 0)
-    pattern, passed = _crossing(bits, held, limit * _COUNT + (_COUNT - 1))
-    room = (limit - passed // _COUNT) // tl.maximum(
-        _mass(pattern), 1
+    held = tl.where(bits >= 0, masses * COUNT_UNIT + 1, 0)
+    pattern, passed = crossing(bits, held, limit * COUNT_UNIT + (COUNT_UNIT - 1))
+    room = (limit - passed // COUNT_UNIT) // tl.maximum(
+        masses_of(pattern), 1
     )  # entries that tie with the crossing one
-    found = (passed % _COUNT + room).to(tl.int32)
+    found = (passed % COUNT_UNIT + room).to(tl.int32)
     if INCLUDE_CROSSING:
         found += 1
     known = (share < 1.0) & (total > 0)  # otherwise no entry crosses
     found = tl.where(known, found, tl.where(share < 1.0, 0, candidates))
     wanted = tl.minimum(tl.minimum(tl.maximum(found, min_blocks), max_blocks), candidates)
     if (wanted != found) | (known == 0):
-        pattern = _nth_largest(bits, wanted)
-    kept = _first_ranks(bits, pattern, wanted) | forced
+        pattern = nth_largest(bits, wanted)
+    kept = first_ranks(bits, pattern, wanted) | forced
     _store_list(kept, columns, row, counts_ptr, indices_ptr, key_blocks)
 
 
@@ -205,8 +210,26 @@ def lists_kernel(blocks_ptr, counts_ptr, indices_ptr, key_blocks, K: tl.constexp
     _store_list(kept, columns, row, counts_ptr, indices_ptr, key_blocks)
 
 
+@triton.jit(do_not_specialize=["key_blocks"])
+def level_lists_kernel(
+    levels_ptr, counts_ptr, indices_ptr, key_blocks, LEVELS: tl.constexpr, K: tl.constexpr
+):
+    """List of one row of levels 1, 2, 4, ..., one level after the other: grid ``(B * H * Mq,)``."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, K)
+    levels = tl.load(levels_ptr + row * key_blocks + columns, mask=columns < key_blocks, other=0)
+    start = row * key_blocks
+    for place in tl.static_range(LEVELS):
+        listed = levels == (1 << place)
+        places = start + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + places, columns, mask=listed)
+        count = tl.sum(listed.to(tl.int32), 0)
+        tl.store(counts_ptr + row * LEVELS + place, count)
+        start += count
+
+
 def select_top_k_triton(
-    importance: torch.Tensor, counts: torch.Tensor, forced: torch.Tensor | None
+    importance: torch.Tensor, counts: int | torch.Tensor, forced: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of what :func:`kernels_common.selection.top_k_blocks` keeps.
 
@@ -217,10 +240,14 @@ def select_top_k_triton(
         UnsupportedCallError: more than 16384 key blocks.
     """
     lists, launch = _lists(importance)
+    number, stride = counts, 0
+    if isinstance(counts, torch.Tensor):
+        number, stride = counts.contiguous(), int(len(counts) > 1)
     with torch.cuda.device_of(importance):
         top_k_kernel[(lists[0].numel(),)](
-            importance.contiguous(), counts.contiguous(), _bytes(forced), *lists, int(len(counts) > 1),
-            *_strides(forced), *importance.shape[1:], HAS_FORCED=forced is not None, **launch,
+            importance.contiguous(), number, _bytes(forced), *lists, stride, *_strides(forced),
+            *importance.shape[1:], HAS_FORCED=forced is not None,
+            PER_HEAD=isinstance(counts, torch.Tensor), **launch,
         )  # fmt: skip
     return lists
 
@@ -261,18 +288,39 @@ def lists_from_blocks_triton(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.
     return lists
 
 
-def _lists(rows: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, int]]:
+def lists_from_levels_triton(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel; as :func:`kernels_common.selection.lists_from_levels`."""
+    lists, launch = _lists(levels, len(LEVELS))
+    with torch.cuda.device_of(levels):
+        level_lists_kernel[(levels.shape[:3].numel(),)](
+            levels.contiguous(), *lists, levels.shape[3], LEVELS=len(LEVELS), **launch
+        )
+    return lists
+
+
+def _lists(
+    rows: torch.Tensor, *counts_per_row: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, int]]:
     """Empty counts and indices for rows ``[B, H, Mq, Mk]``, and how to launch a program per row."""
-    key_blocks = rows.shape[3]
+    launch = row_launch(rows.shape[3])
+    counts = torch.empty((*rows.shape[:3], *counts_per_row), dtype=torch.int32, device=rows.device)
+    indices = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    return (counts, indices), launch
+
+
+def row_launch(key_blocks: int) -> dict[str, int]:
+    """How to launch a program per row of so many key blocks.
+
+    Raises:
+        UnsupportedCallError: more than 16384 key blocks.
+    """
     if key_blocks > MAX_KEY_BLOCKS:
         raise UnsupportedCallError(
             f"the selection kernels hold up to {MAX_KEY_BLOCKS} key blocks, got {key_blocks}; "
             "use larger blocks"
         )
     padded = max(32, triton.next_power_of_2(key_blocks))
-    counts = torch.empty(rows.shape[:3], dtype=torch.int32, device=rows.device)
-    indices = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
-    return (counts, indices), {"K": padded, "num_warps": max(1, padded // BLOCKS_PER_WARP)}
+    return {"K": padded, "num_warps": max(1, padded // BLOCKS_PER_WARP)}
 
 
 def _bytes(forced: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """BlockSparseStrategy: the common case of a method that is a block mask and perhaps a token order."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from core.parameters import StrategyParameters
 from core.strategy import AttentionResult, AttentionStrategy
 from kernels_common.block_sparse_attention import BlockSparseOutput, attend_blocks
 from kernels_common.block_sparse_quantized_reference import skip_tile
+from kernels_common.mask_density import mask_density
 from kernels_common.permutation import gather_tokens, scatter_tokens
 from kernels_common.pooled_attention import pooled_attention, resolve_pooled_backend
 
@@ -46,9 +48,10 @@ class SparsePattern:
     Args:
         mask (BlockSparseMask | LevelMask): kept blocks, whole or each at its level, in the reordered sequence
             if there is an ``order``.
-        density (float | Tensor): executed density of ``mask``; a float where it is known beforehand.
-        order (Tensor, Optional): ``[S]`` or ``[B or 1, H or 1, S]`` int64; place ``i`` of the reordered
-            sequence holds token ``order[i]``. Default: the model's order
+        known_density (float | Tensor, Optional): executed density where it is known beforehand or is not that
+            of ``mask``. Default: counted from ``mask`` when it is asked for
+        order (Tensor, Optional): ``[S]`` or ``[B or 1, H or 1, S]`` int32 or int64; place ``i`` of the
+            reordered sequence holds token ``order[i]``. Default: the model's order
         key_order (Tensor, Optional): order of keys and values where it is another one. Default: ``order``
         shares (Mapping[str, float | Tensor]): further figures for the report, see `AttentionResult`.
         quantization (str): precision of the operands, see `block_sparse_attention`. Default: ``"none"``
@@ -56,12 +59,17 @@ class SparsePattern:
     """
 
     mask: BlockSparseMask | LevelMask
-    density: float | torch.Tensor
+    known_density: float | torch.Tensor | None = None
     order: torch.Tensor | None = None
     key_order: torch.Tensor | None = None
     shares: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     quantization: str = "none"
     skip_threshold: torch.Tensor | None = None
+
+    @functools.cached_property
+    def density(self) -> float | torch.Tensor:
+        """Executed share of all (query, key) pairs; `attend_pattern` asks behind its attention."""
+        return mask_density(self.mask) if self.known_density is None else self.known_density
 
 
 class BlockSparseStrategy(AttentionStrategy):

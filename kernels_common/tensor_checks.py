@@ -1,9 +1,13 @@
-"""Checks of the arguments of block-sparse operators."""
+"""Checks of the arguments of attention operators."""
+
+import math
+from numbers import Real
 
 import torch
 
+from core.argument_checks import check_tensors_given, shapes_of
 from core.block_mask import BlockSparseMask
-from core.errors import LayoutError, UnsupportedCallError
+from core.errors import LayoutError, ParameterError, UnsupportedCallError
 
 BLOCK_MULTIPLE = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -11,13 +15,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Refuse query, key and value whose shapes, dtypes or devices do not fit together."""
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    check_tensors_given(query=query, key=key, value=value)
+    wrong = None
     if not query.dim() == key.dim() == value.dim() == 4:
-        raise LayoutError(f"query, key and value must be [B, H, N, D]; got {shapes}")
-    if key.shape != value.shape or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
-        raise LayoutError(f"key and value must be alike and share B and D with query; got {shapes}")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise LayoutError(f"query heads must be a multiple of key heads; got {shapes}")
+        wrong = "query, key and value must be [B, H, N, D]"
+    elif key.shape != value.shape or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        wrong = "key and value must be alike and share B and D with query"
+    elif key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        wrong = "query heads must be a multiple of key heads"
+    if wrong is not None:
+        raise LayoutError(f"{wrong}; got {shapes_of(query=query, key=key, value=value)}")
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         raise LayoutError(
             "query, key and value must share dtype and device; got "
@@ -57,10 +64,21 @@ def check_mask(query: torch.Tensor, key: torch.Tensor, block_mask: BlockSparseMa
         )
 
 
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the scores, ``1 / sqrt(D)`` where none is given; refuses what is no positive number."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not isinstance(scale, Real) or not 0.0 < scale < math.inf:
+        raise ParameterError(f"scale must be positive and finite, got {scale!r}")
+    return float(scale)
+
+
 def check_extras(
     query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None, bias: torch.Tensor | None
 ) -> None:
     """Refuse key lengths and a bias that do not fit the tensors."""
+    given = {"key_lengths": key_lengths, "bias": bias}
+    check_tensors_given(**{name: tensor for name, tensor in given.items() if tensor is not None})
     if key_lengths is not None and (
         key_lengths.shape != query.shape[:1]
         or key_lengths.dtype not in (torch.int32, torch.int64)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from core.block_mask import block_count
 from core.level_mask import LEVELS
 from kernels_common.selection import MASS_UNIT, ROUNDING
+from kernels_common.triton_choice import runs_triton
 
 COARSEST = LEVELS[-1]
 
@@ -27,10 +28,15 @@ def levels_by_rank(importance: torch.Tensor, bounds: tuple[float, ...], forced: 
         Tensor: ``[B, H, Mq, Mk]`` int8, 0 left out.
     """
     blocks = importance.shape[3]
+    finest, *others = (int(bound * blocks + ROUNDING) for bound in bounds)
+    numbers = (max(1, finest), *others)  # no row is empty
+    if runs_triton(importance):
+        from plugins.gilbert_block.kernels import rank_levels
+
+        return rank_levels(importance, numbers, forced)
     of_rank = torch.zeros(blocks, dtype=torch.int8, device=importance.device)
-    for level, bound in reversed(list(zip(LEVELS, bounds, strict=True))):
-        of_rank[: int(bound * blocks + ROUNDING)] = level
-    of_rank[0] = 1  # no row is empty
+    for level, number in reversed(list(zip(LEVELS, numbers, strict=True))):
+        of_rank[:number] = level
     _, order = _ranked(importance, forced)
     return _levels_of_ranks(of_rank.expand(order.shape), order, forced)
 
@@ -53,12 +59,17 @@ def levels_by_mass(
         Tensor: ``[B, H, Mq, Mk]`` int8, 0 left out.
     """
     blocks = importance.shape[3]
+    fewest = max(1, int(least * blocks + ROUNDING))
+    if runs_triton(importance):
+        from plugins.gilbert_block.kernels import mass_levels
+
+        return mass_levels(importance, bounds, fewest, forced)
     ranked, order = _ranked(importance, forced)
     sums = (ranked.clamp(min=0.0).to(torch.float64) * MASS_UNIT).to(torch.int64).cumsum(-1)
     total = sums[..., -1].to(torch.float64)
     place = torch.arange(blocks, device=order.device)
     passed = torch.zeros_like(order, dtype=torch.int8)  # levels that end before a rank
-    end = torch.full_like(sums[..., 0], max(1, int(least * blocks + ROUNDING)))
+    end = torch.full_like(sums[..., 0], fewest)
     for level, bound in zip(LEVELS, bounds, strict=True):
         within = (sums <= (bound * total)[..., None]).sum(-1).masked_fill(total == 0, 0)
         opens = (within > end) | (level == 1)

@@ -22,7 +22,7 @@ class GilbertRearranger:
         self.layout = layout
         curve = gilbert_order(layout)
         order = torch.cat([curve[layout.video_slice], curve[layout.text_slice]])
-        self.order = order.to(device)  # [S] int64: place i of the rearranged sequence holds token order[i]
+        self.order = order.to(device, torch.int32)  # [S]: place i rearranged holds token order[i]
 
     @property
     def rearranged_layout(self) -> TokenLayout:

@@ -14,7 +14,7 @@ from core.random import call_generator
 from core.strategy import Capabilities
 from kernels_common.permutation import gather_tokens
 from kernels_common.pooled_attention import POOLED_BACKENDS
-from kernels_common.selection import select_mass, select_top_k
+from kernels_common.selection import lists_from_levels, select_mass, select_top_k
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
 from plugins.gilbert_block.importance import Estimator, Projection, block_importance
 from plugins.gilbert_block.levels import level_caps, levels_by_mass, levels_by_rank, with_remainder
@@ -47,9 +47,10 @@ class GilbertBlockParameters(BlockSparseParameters):
             ``"mean"``, the weight between mean tokens. Default: ``"sum"``
         samples (int): sampled tokens of a query block, a power of two; of a key block in proportion.
             Default: 32
-        projection (str): dimensions that importance looks at: all (``"none"``), the strongest
-            (``"pca"``) or random ones (``"random"``). Default: ``"none"``
-        directions (int): number of dimensions that a projection leaves, a power of two. Default: 16
+        projection (str): dimensions that importance looks at: all (``"none"``), or the few that lose least
+            of the scores (``"optimal"``), hold most of the keys (``"pca"``), are the largest channels
+            (``"channels"``) or random ones (``"random"``). Default: ``"none"``
+        directions (int): number of dimensions that a projection leaves. Default: 16
         tau (float): share of the importance that a row keeps, in (0, 1]. Default: 0.95
         min_ratio (float): fewest key blocks of a row, as a share, in (0, 1]; with ``"mass"`` those of
             level 1. Default: 0.05
@@ -125,7 +126,7 @@ class GilbertBlockPlan(NamedTuple):
     """What depends on the layout alone.
 
     Args:
-        order (Tensor, Optional): ``[S]`` int64 token order; None keeps the model's.
+        order (Tensor, Optional): ``[S]`` int32 token order; None keeps the model's.
         forced (Tensor): blocks kept in any case, ``[Mq, Mk]`` bool.
     """
 
@@ -174,7 +175,7 @@ class GilbertBlockStrategy(BlockSparseStrategy):
         plan = self.planned(query, context)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             mask = self._select(query.detach(), key.detach(), plan, context)
-            pattern = SparsePattern(mask, mask.density(), plan.order)
+            pattern = SparsePattern(mask, order=plan.order)
         if lasting > 1:
             self._selected[place] = Selected(context.step_index, pattern)
         return pattern
@@ -202,7 +203,8 @@ class GilbertBlockStrategy(BlockSparseStrategy):
             if not options.remainder:
                 return mask
             levels = mask.to_blocks().to(torch.int8)
-        return LevelMask.from_levels(with_remainder(levels) if options.remainder else levels, *shape)
+        counts, indices = lists_from_levels(with_remainder(levels) if options.remainder else levels)
+        return LevelMask(counts, indices, *shape)
 
     def _blocks(
         self,

@@ -5,9 +5,13 @@ import logging
 import torch
 
 from core.block_mask import BlockSparseMask, block_count
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.notices import warn_once
 from kernels_common.block_importance import mean_pool_importance
 from kernels_common.block_statistics import block_means, token_mean
+from kernels_common.mask_density import mask_density
+from kernels_common.score_projection import Projection, reduce_tokens
 from kernels_common.selection import lists_from_blocks, select_mass, select_top_k
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,9 @@ def predict_mask(
     scale: float | None = None,
     forced: torch.Tensor | None = None,
     causal: bool = False,
+    order: torch.Tensor | None = None,
+    projection: Projection = "none",
+    directions: int = 16,
 ) -> BlockSparseMask:
     """Blocks that carry most of the attention between mean tokens (SpargeAttn, arXiv 2502.18137, section 3).
 
@@ -48,22 +55,38 @@ def predict_mask(
             Forced and unlike blocks are not counted in ``top_k`` and ``cdf``. Default: none
         causal (bool): no query sees a later key (Nq = Nk): blocks behind a row are left out, and those that
             hold tokens of the row itself are kept; neither is counted. Default: False
+        order (Tensor, Optional): ``[N]`` int32 or int64, tokens in blocks, not in causal calls; Nq = Nk.
+            Default: the order that they come in
+        projection (str): in which dimensions mean tokens are compared: ``"none"``, all; others as
+            :func:`kernels_common.score_projection.score_projection` finds them from the mean tokens, not
+            in causal calls. Default: ``"none"``
+        directions (int): dimensions that a projection leaves. Default: 16
 
     Returns:
         BlockSparseMask: ``[B, Hq]`` lists.
+
+    Raises:
+        UnsupportedCallError: a projection, which depends on all tokens, in a causal call.
     """
+    if causal and projection != "none":
+        raise UnsupportedCallError(
+            f"sparge: a causal row must not depend on later tokens, and projection '{projection}' does; "
+            "leave projection at 'none'"
+        )
     queries, keys = query.shape[2], key.shape[2]
-    query_blocks = block_means(query, block_size[0])
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    query_blocks = block_means(query, block_size[0], order=order)
     # The softmax over blocks is blind to a shared offset; self-similarity is not. A causal row must not
     # depend on later keys, and their mean does.
     offset = token_mean(key) if similarity_threshold is not None and not causal else None
-    key_blocks = block_means(key, block_size[1], subtract=offset)
+    key_blocks = block_means(key, block_size[1], subtract=offset, order=order)
     if similarity_threshold is not None:
         unlike = _unlike(query_blocks.similarity, key_blocks.similarity, similarity_threshold)
         forced = unlike if forced is None else unlike | forced
     lengths = (block_size, queries, keys)
     if not causal:
-        importance = mean_pool_importance(query_blocks.mean, key_blocks.mean, scale=scale)
+        means = reduce_tokens(query_blocks.mean, key_blocks.mean, projection, directions)
+        importance = mean_pool_importance(*means, scale=scale)
         return _select(importance, lengths, top_k, cdf, forced)
     visible, own = causal_blocks(queries, block_size, query.device)
     importance = _past_importance(query_blocks.mean, key_blocks.mean, visible & ~own, scale)
@@ -72,10 +95,9 @@ def predict_mask(
 
 
 def _past_importance(
-    query_means: torch.Tensor, key_means: torch.Tensor, past: torch.Tensor, scale: float | None
+    query_means: torch.Tensor, key_means: torch.Tensor, past: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of mean query tokens to mean key tokens where ``past`` ``[Mq, Mk]`` allows, else 0."""
-    scale = query_means.shape[3] ** -0.5 if scale is None else scale
     grouped = query_means.unflatten(1, (key_means.shape[1], -1)) * scale  # [B, Hkv, Hq / Hkv, Mq, D]
     scores = grouped @ key_means[:, :, None].transpose(3, 4)
     hidden = ~past
@@ -124,7 +146,7 @@ def executed_density(mask: BlockSparseMask, *, causal: bool) -> torch.Tensor:
     Of all (query, key) pairs; in a causal call of the blocks with any visible pair.
     """
     if not causal:
-        return mask.density()
+        return mask_density(mask)
     visible, _ = causal_blocks(mask.query_length, mask.block_size, mask.device)
     return mask.counts.sum(dtype=torch.float64) / (visible.sum() * mask.counts[..., 0].numel())
 
@@ -161,9 +183,9 @@ def blocks_for_density(density: float, forced: torch.Tensor) -> int:
         number += 1
     executed = int(free.clamp(max=number).sum()) + int(forced.sum())
     if number == 1 and executed > density * forced.numel():
-        logger.warning(
-            "sparge: density %g is out of reach: forced blocks and one more per row make %.3f; smaller "
-            "blocks come closer",
-            density, executed / forced.numel(),
-        )  # fmt: skip
+        warn_once(
+            logger,
+            f"sparge: density {density:g} is out of reach: forced blocks and one more per row make "
+            f"{executed / forced.numel():.3f}; smaller blocks come closer",
+        )
     return number

@@ -12,7 +12,7 @@ from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
 from core.strategy import Capabilities
 from kernels_common.gilbert import gilbert_order
-from kernels_common.permutation import gather_tokens
+from kernels_common.score_projection import Projection
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
 from plugins.sparge.loading import load_calibration
 from plugins.sparge.precision import resolve_quantization
@@ -45,6 +45,10 @@ class SpargeParameters(BlockSparseParameters):
         attention_sink (bool): every query sees the first key block. Default: False
         order (str): order of the tokens in blocks: ``"model"``, or ``"gilbert"``, along a space-filling
             curve (the paper's permutation). Default: ``"model"``
+        projection (str): dimensions in which mean tokens are compared: all (``"none"``), or the few that
+            lose least of the scores (``"optimal"``), hold most of the keys (``"pca"``), are the largest
+            channels (``"channels"``) or random ones (``"random"``); not in causal calls. Default: ``"none"``
+        directions (int): number of dimensions that a projection leaves. Default: 16
         block_size (int): tokens of a query block, 64 or 128. Default: 128
         key_block_size (int): tokens of a key block, 64 or 128. Default: 64
     """
@@ -64,6 +68,8 @@ class SpargeParameters(BlockSparseParameters):
     )
     attention_sink: bool = Field(False, description="every query sees the first key block")
     order: Literal["model", "gilbert"] = Field("model", description="order of the tokens in blocks")
+    projection: Projection = Field("none", description="dimensions in which mean tokens are compared")
+    directions: Literal[16, 32, 64] = Field(16, description="dimensions that a projection leaves")
     key_block_size: Literal[64, 128] = Field(64, description="tokens of a key block")
 
     @model_validator(mode="before")
@@ -74,9 +80,10 @@ class SpargeParameters(BlockSparseParameters):
         given = [name for name in RULES if values.get(name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {', '.join(RULES)}")
-        text = values.get("key_block_size")
-        if isinstance(text, str) and text.isdecimal():
-            values = values | {"key_block_size": int(text)}
+        for name in ("key_block_size", "directions"):
+            text = values.get(name)
+            if isinstance(text, str) and text.isdecimal():
+                values = values | {name: int(text)}
         return values if given else values | {"topk": 0.5}
 
 
@@ -85,7 +92,7 @@ class SpargePlan(NamedTuple):
 
     Args:
         forced (Tensor): blocks kept in any case, ``[Mq, Mk]`` bool.
-        order (Tensor, Optional): ``[S]`` int64 token order.
+        order (Tensor, Optional): ``[S]`` int32 token order.
         keep (int | float, Optional): blocks of a row to choose, or their share; None for other rules.
         skip (Tensor, Optional): ``[H]`` fp32, the same threshold for every head.
         tables (dict[str, Tensor]): calibrated parameters, ``[layers, H]`` fp32 each.
@@ -125,6 +132,11 @@ class SpargeStrategy(BlockSparseStrategy):
         named = self.parameters.calibration
         self._calibration = None if named is None else load_calibration(named, self.parameters)
 
+    def check_model(self, num_layers: int, num_heads: int | None) -> None:
+        """Refuse the calibration of another model."""
+        if self._calibration is not None:
+            self._calibration.check_size(num_layers, num_heads)
+
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> SpargePlan:
@@ -134,7 +146,7 @@ class SpargeStrategy(BlockSparseStrategy):
         threshold = options.skip_threshold
         return SpargePlan(
             forced=forced.to(device),
-            order=gilbert_order(layout).to(device) if options.order == "gilbert" else None,
+            order=gilbert_order(layout).to(device, torch.int32) if options.order == "gilbert" else None,
             keep=options.topk if options.density is None else blocks_for_density(options.density, forced),
             skip=None if threshold is None else torch.full((num_heads,), threshold, device=device),
             tables={} if self._calibration is None else self._calibration.tables(device),
@@ -152,8 +164,6 @@ class SpargeStrategy(BlockSparseStrategy):
             )
         plan = self.planned(query, context)
         numbers = self._numbers(plan, query, context)
-        if plan.order is not None:
-            query, key = gather_tokens(query, plan.order), gather_tokens(key, plan.order)
         mask = predict_mask(
             query,
             key,
@@ -163,10 +173,13 @@ class SpargeStrategy(BlockSparseStrategy):
             similarity_threshold=numbers.similarity,
             forced=plan.forced,
             causal=context.causal,
+            order=plan.order,
+            projection=self.parameters.projection,
+            directions=self.parameters.directions,
         )
         return SparsePattern(
             mask,
-            executed_density(mask, causal=context.causal),
+            executed_density(mask, causal=True) if context.causal else None,
             plan.order,
             quantization=resolve_quantization(
                 self.parameters.quantization, query, self.parameters.backend, causal=context.causal

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask, block_count
 from core.layout import TokenLayout
+from core.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ Keep = Literal["cover", "fraction"]
 
 FRACTION = 0.5  # share of allowed pairs from which a block is kept whole
 ROWS_PER_STRIP = 4096
+KEYS_PER_WORD = 64
 
 
 class TokenPattern(NamedTuple):
@@ -59,25 +61,22 @@ class HeadPatterns(NamedTuple):
     """What the two classes of heads execute; index 0 is spatial, 1 is temporal.
 
     Args:
-        orders (Tensor): ``[2, S]`` int64, place -> token.
-        places (Tensor): ``[2, S]`` int64, token -> place.
-        blocks (Tensor): ``[2, Mq, Mk]`` bool, executed blocks.
-        masks (BlockSparseMask): the same as lists, batch dimension 1, head dimension 2.
-        densities (Tensor): ``[2]`` fp32, executed density.
+        orders (Tensor): ``[2, S]`` int32, place -> token.
+        places (Tensor): ``[2, S]`` int32, token -> place.
+        seen (Tensor): ``[2, Mq, ceil(S / 64)]`` int64, keys that the queries of a block see: bit ``j`` of
+            word ``i`` is token ``64 i + j``.
+        masks (BlockSparseMask): the executed blocks, batch dimension 1, head dimension 2.
     """
 
     orders: torch.Tensor
     places: torch.Tensor
-    blocks: torch.Tensor
+    seen: torch.Tensor
     masks: BlockSparseMask
-    densities: torch.Tensor
 
     def to(self, device: torch.device) -> "HeadPatterns":
         """The same patterns on another device."""
-        orders, places, blocks, masks, densities = self
-        return HeadPatterns(
-            orders.to(device), places.to(device), blocks.to(device), masks.to(device), densities.to(device)
-        )
+        orders, places, seen, masks = self
+        return HeadPatterns(orders.to(device), places.to(device), seen.to(device), masks.to(device))
 
 
 def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int) -> list[TokenPattern]:
@@ -101,17 +100,20 @@ def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int
 
     def widest(pattern: Callable[[int], TokenPattern]) -> TokenPattern:
         blocks = _last_true(block_count(length, block), lambda n: pattern(n * block).density() <= density)
-        chosen = pattern(max(blocks, 1) * block)
-        if blocks == 0:
-            logger.warning(
-                "svg-smart: density %g is out of reach for %s: text, sink and a band of one block of %d "
-                "tokens make %.3f; smaller blocks come closer",
-                density, layout.describe(), block, chosen.density(),
-            )  # fmt: skip
-        return chosen
+        return pattern(max(blocks, 1) * block)
 
-    return [widest(lambda width: _spatial_band(layout, width, sink)),
-            widest(lambda width: _temporal(layout, 1 - width, width, sink))]  # fmt: skip
+    patterns = [
+        widest(lambda width: _spatial_band(layout, width, sink)),
+        widest(lambda width: _temporal(layout, 1 - width, width, sink)),
+    ]
+    least = max(pattern.density() for pattern in patterns)
+    if least > density:
+        warn_once(
+            logger,
+            f"svg-smart: density {density:g} is out of reach for {layout.describe()}: text, sink and a band "
+            f"of one block of {block} tokens make {least:.3f}; smaller blocks come closer",
+        )
+    return patterns
 
 
 def frame_patterns(layout: TokenLayout, *, diagonal: int) -> list[TokenPattern]:
@@ -163,10 +165,18 @@ def head_patterns(
         masks.counts, masks.indices[..., :widest].contiguous(), block_size, length, length
     )
     orders = torch.stack([pattern.order for pattern in patterns])
-    densities = [
-        float(BlockSparseMask.from_blocks(one, block_size, length, length).density()) for one in kept
-    ]
-    return HeadPatterns(orders, orders.argsort(-1), blocks, masks, torch.tensor(densities))
+    places = orders.argsort(-1)
+    seen = torch.stack(
+        [_packed(one[:, place // block_size[1]]) for one, place in zip(blocks, places, strict=True)]
+    )
+    return HeadPatterns(orders.to(torch.int32), places.to(torch.int32), seen, masks)
+
+
+def _packed(seen: torch.Tensor) -> torch.Tensor:
+    """Rows of bool, ``[M, S]``, as words of 64 bits, ``[M, ceil(S / 64)]`` int64."""
+    bits = F.pad(seen, (0, -seen.shape[1] % KEYS_PER_WORD)).unflatten(1, (-1, 8)).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int64)
 
 
 def forced_blocks(layout: TokenLayout, block_size: tuple[int, int], *, diagonal: bool) -> torch.Tensor:

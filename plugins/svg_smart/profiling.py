@@ -4,38 +4,34 @@ The patterns are judged by the blocks that would be executed. Rows are drawn fro
 queries are dense under either pattern and tell nothing.
 """
 
-import importlib.util
-
 import torch
 
 from core.context import AttentionContext
 from core.random import call_generator
-from plugins.svg_smart.patterns import HeadPatterns
+from kernels_common.triton_choice import runs_triton
+from plugins.svg_smart.patterns import KEYS_PER_WORD, HeadPatterns
 
 SCORES_PER_CHUNK = 1 << 24
-
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+LARGEST_HEAD_DIM = 128  # of the Triton form
 
 
 def sample_rows(count: int, seed: int, context: AttentionContext, device: torch.device) -> torch.Tensor:
     """Video tokens drawn with replacement from a generator of (seed, layer, step), ``[count]`` int64."""
     generator = call_generator(seed, context, device)
-    layout = context.layout
-    drawn = torch.randint(layout.video_length, (count,), generator=generator, device=device)
-    return layout.video_start + drawn
+    video = context.layout.video_slice
+    return torch.randint(video.start, video.stop, (count,), generator=generator, device=device)
 
 
 def allowed_keys(patterns: HeadPatterns, rows: torch.Tensor) -> torch.Tensor:
     """Keys that the sampled queries see in the executed blocks, ``[2, R, S]`` bool, in the model's order."""
-    query_block, key_block = patterns.masks.block_size
-    row_blocks = patterns.places[:, rows] // query_block
-    column_blocks = patterns.places // key_block
-    lists = torch.arange(2, device=rows.device)[:, None, None]
-    return patterns.blocks[lists, row_blocks[:, :, None], column_blocks[:, None, :]]
+    row_blocks = patterns.places[:, rows].long() // patterns.masks.block_size[0]
+    words = patterns.seen.take_along_dim(row_blocks[:, :, None], 1)  # [2, R, ceil(S / 64)]
+    bits = words[..., None] >> torch.arange(KEYS_PER_WORD, device=rows.device) & 1
+    return bits.flatten(2)[..., : patterns.places.shape[1]].bool()
 
 
 def pattern_errors(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, patterns: HeadPatterns
 ) -> torch.Tensor:
     """Mean squared error of each pattern's output against exact attention on the sampled rows.
 
@@ -44,17 +40,16 @@ def pattern_errors(
         key (Tensor): ``[B, H, S, D]``.
         value (Tensor): ``[B, H, S, D]``.
         rows (Tensor): ``[R]`` int64, sampled queries.
-        allowed (Tensor): ``[2, R, S]`` bool; each row allows at least one key.
+        patterns (HeadPatterns): what the two classes execute, on the device of the tensors.
 
     Returns:
         Tensor: ``[2, B, H]`` fp32, spatial and temporal.
     """
-    if query.is_cuda and _TRITON_INSTALLED and query.shape[-1] <= 128:
-        from plugins.svg_smart.kernels import sampled_outputs
+    if runs_triton(query) and query.shape[-1] <= LARGEST_HEAD_DIM:
+        from plugins.svg_smart.kernels import sampled_errors
 
-        exact, *outputs = sampled_outputs(query, key, value, rows, allowed)
-        return torch.stack([(output - exact).square().mean((-1, -2)) for output in outputs])
-    return _errors_in_chunks(query, key, value, rows, allowed)
+        return sampled_errors(query, key, value, rows, patterns)
+    return _errors_in_chunks(query, key, value, rows, allowed_keys(patterns, rows))
 
 
 def _errors_in_chunks(

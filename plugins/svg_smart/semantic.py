@@ -83,7 +83,7 @@ def semantic_pattern(
     length = layout.sequence_length
     mask = BlockSparseMask.from_blocks(blocks, block_size, length, length)
     query_order, key_order = (order.view(*query.shape[:2], length) for order in orders)
-    pattern = SparsePattern(mask, mask.density(), query_order, key_order)
+    pattern = SparsePattern(mask, order=query_order, key_order=key_order)
     return pattern, Centroids(context.step_index, centroids[0], centroids[1])
 
 

@@ -12,7 +12,7 @@ from core.layout import TokenLayout
 from core.strategy import AttentionResult, AttentionStrategy, Capabilities, dense_result
 from kernels_common.strategy import BlockSparseParameters, SparsePattern, attend_pattern
 from plugins.svg_smart.patterns import HeadPatterns, band_patterns, frame_patterns, head_patterns
-from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
+from plugins.svg_smart.profiling import pattern_errors, sample_rows
 from plugins.svg_smart.semantic import Centroids, ClusterOptions, semantic_pattern
 
 
@@ -114,12 +114,13 @@ class SvgSmartStrategy(AttentionStrategy):
         """Attention by the pattern of each head; dense for a single frame, which has no such choice."""
         if context.layout.frames == 1:
             return dense_result(query, key, value)
+        backend = self.parameters.backend
         if self.parameters.variant == "semantic":
-            pattern = self._semantic_pattern(query, key, context)
-        else:
-            classes = self._head_classes(query, key, value, context)
-            pattern = select_patterns(self.planned(query, context), classes)
-        return attend_pattern(query, key, value, pattern, self.parameters.backend)
+            return attend_pattern(query, key, value, self._semantic_pattern(query, key, context), backend)
+        classes = self._head_classes(query, key, value, context)
+        pattern = select_patterns(self.planned(query, context), classes)
+        result = attend_pattern(query, key, value, pattern, backend)
+        return result._replace(shares={"temporal_heads": classes.mean(dtype=torch.float32)})
 
     @torch.no_grad()
     def _head_classes(
@@ -134,8 +135,7 @@ class SvgSmartStrategy(AttentionStrategy):
         ):
             return known.classes
         rows = sample_rows(self.parameters.sampled_rows, self.parameters.seed, context, query.device)
-        allowed = allowed_keys(self.planned(query, context), rows)
-        errors = pattern_errors(query, key, value, rows, allowed)
+        errors = pattern_errors(query, key, value, rows, self.planned(query, context))
         if self.parameters.share_batch:
             errors = errors.mean(1, keepdim=True).expand_as(errors)
         classes = (errors[1] < errors[0]).long()
@@ -172,8 +172,6 @@ def select_patterns(patterns: HeadPatterns, classes: torch.Tensor) -> SparsePatt
         patterns (HeadPatterns): what the two classes execute.
         classes (Tensor): ``[B, H]`` int64, 0 spatial and 1 temporal.
 
-    Returns:
-        SparsePattern: with the share of temporal heads as a further figure.
     """
     masks = patterns.masks
     mask = BlockSparseMask(
@@ -183,5 +181,4 @@ def select_patterns(patterns: HeadPatterns, classes: torch.Tensor) -> SparsePatt
         masks.query_length,
         masks.key_length,
     )
-    shares = {"temporal_heads": classes.float().mean()}
-    return SparsePattern(mask, patterns.densities[classes].mean(), patterns.orders[classes], shares=shares)
+    return SparsePattern(mask, order=patterns.orders[classes])

@@ -126,5 +126,5 @@ def test_block_lengths():
     "blocks, size", [([[True]], (16, 16)), (torch.ones(1, 1).bool(), 16), (torch.ones(1, 1).bool(), (0, 16))]
 )
 def test_what_is_no_block_matrix_is_refused(blocks, size):
-    with pytest.raises(LayoutError, match=r"expected a bool tensor of blocks .* such as \(128, 128\); got"):
+    with pytest.raises(LayoutError, match=r"blocks must be a tensor, got list|such as \(128, 128\), .*; got"):
         BlockSparseMask.from_blocks(blocks, size, 10, 10)

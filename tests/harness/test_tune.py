@@ -66,6 +66,15 @@ def test_probe_is_dense_and_measures_only_its_steps():
     assert 0.5 < probe.mean_density() < 1
 
 
+def test_two_calls_for_one_output_are_refused(tmp_path, capsys):
+    path = tmp_path / "deep" / "sparge.json"
+    arguments = ["--strategy", SPEC, "--prompts", "1", *TINY, "--output", str(path)]
+    with tune._output_held(path):
+        assert tune.main(arguments) == 2
+    assert f"another calibration is written to {path}; wait for it" in capsys.readouterr().err
+    assert not path.exists()
+
+
 def planted_heads(layout, generator):
     """Head 0 looks at its own block, head 1 at the first block, head 2 at everything alike."""
     shape = (1, 3, layout.sequence_length, 64)

@@ -58,6 +58,17 @@ def test_strided_tokens_and_what_follows_them(generator, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_tokens_are_read_in_a_given_order(generator, device, dtype):
+    tokens = torch.randn(2, 37, 3, 8, generator=generator).to(device).transpose(1, 2) + 0.5
+    order = torch.randperm(37, generator=generator)[:35].to(device, dtype)
+    offset = token_mean(tokens)
+    for subtract in (None, offset):
+        found = block_means(tokens, 16, subtract=subtract, order=order)
+        expected = block_means(tokens[:, :, order.long()], 16, subtract=subtract)
+        assert torch.equal(found.mean, expected.mean) and torch.equal(found.similarity, expected.similarity)
+
+
 def test_similarity_ignores_the_length_of_tokens(generator, device):
     tokens = torch.randn(1, 2, 32, 8, generator=generator).to(device)
     factors = torch.rand(1, 2, 32, 1, generator=generator).to(device) + 0.1
@@ -89,5 +100,7 @@ def test_wrong_calls_are_refused(device):
         block_means(tokens, 4, subtract=tokens)
     with pytest.raises(LayoutError, match="S >= 1"):
         token_mean(tokens[:, :, :0])
+    with pytest.raises(LayoutError, match="order must be int32 or int64"):
+        block_means(tokens, 4, order=torch.arange(8.0, device=device))
     with pytest.raises(ParameterError, match="at least 1"):
         block_means(tokens, 0)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from core import BlockSparseMask, LayoutError, ParameterError
+from core import BlockSparseMask, LayoutError, LevelMask, ParameterError
+from core.level_mask import LEVELS
 from kernels_common import lists_from_blocks, select_mass, select_top_k, selection
 
 BLOCKS = (16, 16)
@@ -119,6 +120,25 @@ def test_rows_without_mass_keep_the_fewest_blocks(device, form, include_crossing
     mask = select_mass(rows, 0.9, BLOCKS, 32, 80, include_crossing=include_crossing, min_blocks=2)
     assert mask.counts.tolist() == [[[2, 2]]]
     assert mask.indices[..., :2].tolist() == [[[[0, 1], [0, 1]]]]
+
+
+def test_lists_of_levels(generator, device, form):
+    choice = torch.randint(7, (2, 3, 2, 21), generator=generator)
+    levels = torch.tensor([0, *LEVELS, 3, -1], dtype=torch.int8)[choice]
+    levels[0, 0, 0] = 0
+    levels[0, 0, 1] = 8
+    counts, indices = selection.lists_from_levels(levels.to(device))
+    mask = LevelMask(counts, indices, BLOCKS, 30, 330)
+    mask.check()
+    known = torch.isin(levels, torch.tensor(LEVELS, dtype=torch.int8))
+    assert torch.equal(mask.to_levels().cpu(), levels * known)
+
+
+def test_lists_of_levels_refuse_other_matrices(form):
+    with pytest.raises(LayoutError, match=r"int8 \[B, H, Mq, Mk\]"):
+        selection.lists_from_levels(torch.zeros(2, 3, dtype=torch.int8))
+    with pytest.raises(LayoutError, match=r"int8 \[B, H, Mq, Mk\]"):
+        selection.lists_from_levels(torch.zeros(1, 1, 2, 3))
 
 
 def test_selections_are_nested(importance, form):

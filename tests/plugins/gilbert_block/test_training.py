@@ -30,7 +30,7 @@ def reference_output(module, query, key, value):
     for head in range(query.shape[1]):
         moved = (part[0, head].index_select(0, pattern.order) for part in (query, key, value))
         found = reference.attention(*moved, levels[0, head], pattern.mask.block_size)
-        heads.append(torch.zeros_like(output[0, 0]).index_copy(0, pattern.order, found))
+        heads.append(torch.zeros_like(output[0, 0]).index_copy(0, pattern.order.long(), found))
     return torch.stack(heads)[None]
 
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from core import TokenLayout
+from core import TokenLayout, UnsupportedCallError
 from plugins.sparge.prediction import (
     blocks_for_density,
     causal_blocks,
@@ -142,6 +142,33 @@ def test_heads_have_their_own_numbers():
         assert torch.equal(gated[:, one], alone.to_blocks())
 
 
+@pytest.mark.parametrize("rule", [{"top_k": 0.3}, {"cdf": 0.7, "similarity_threshold": 0.35}], ids=str)
+@pytest.mark.parametrize("projection", ["optimal", "pca", "channels", "random"])
+def test_a_projection_compares_mean_tokens_in_few_dimensions(rule, projection):
+    """All of the choice is in 4 channels, and an offset of the keys that no softmax sees is in the others."""
+    query, key = tensors(heads=4)
+    query[..., 4:], key[..., 4:] = 0.0, 3.0
+    options = {"scale": 0.3, **rule}
+    plain = predict_mask(query, key, BLOCK, **options).to_blocks()
+    low = predict_mask(query, key, BLOCK, projection=projection, directions=8, **options).to_blocks()
+    assert torch.equal(plain, low) == (projection != "random")
+    whole = predict_mask(query, key, BLOCK, projection=projection, directions=32, **options).to_blocks()
+    assert torch.equal(plain, whole)
+
+
+def test_the_scale_is_that_of_all_dimensions():
+    query, key = tensors()
+    query[..., 4:] = 0.0
+    masks = [predict_mask(query, key, BLOCK, cdf=0.7, projection=name) for name in ("none", "channels")]
+    assert torch.equal(*(mask.to_blocks() for mask in masks))
+
+
+def test_a_causal_choice_has_no_projection():
+    query, key = tensors(180, 180)
+    with pytest.raises(UnsupportedCallError, match="projection 'pca' does; leave projection at 'none'"):
+        predict_mask(query, key, BLOCK, top_k=0.3, causal=True, projection="pca")
+
+
 @pytest.mark.parametrize("text_first", [True, False])
 def test_forced_blocks_hold_text_and_sink(text_first):
     layout = TokenLayout(20, 3, 5, 7, text_first)
@@ -163,3 +190,13 @@ def test_blocks_for_density(density):
 
     assert executed(number) <= density or number == 1
     assert executed(number + 1) > density or executed(number) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0.3}, {"cdf": 0.7, "similarity_threshold": 0.6}], ids=str)
+def test_blocks_of_an_order_are_those_of_the_moved_tokens(options):
+    query, key = tensors(queries=180)
+    order = torch.randperm(180, generator=torch.Generator().manual_seed(1))
+    moved = predict_mask(query[:, :, order], key[:, :, order], BLOCK, **options).to_blocks()
+    for indices in (order, order.int()):
+        assert torch.equal(predict_mask(query, key, BLOCK, order=indices, **options).to_blocks(), moved)
+    assert not torch.equal(predict_mask(query, key, BLOCK, **options).to_blocks(), moved)

@@ -8,6 +8,7 @@ from core import (
     ParameterError,
     TokenLayout,
     UnsupportedCallError,
+    apply_strategy,
     available_strategies,
     create_strategy,
 )
@@ -218,6 +219,23 @@ def test_a_field_that_is_smooth_in_space_is_more_self_similar_along_the_curve():
     assert density["gilbert"] < 0.85 * density["model"]
 
 
+@pytest.mark.parametrize("projection", ["optimal", "pca", "channels", "random"])
+def test_projection_changes_the_choice_and_not_its_size(projection):
+    query, key, _ = random_qkv(LAYOUT)
+    context = AttentionContext(LAYOUT)
+    options = {"topk": 0.3, "block_size": 64, "order": "gilbert"}
+    plain, low, all_directions = (
+        SpargeStrategy(**options, **reduced).pattern(query, key, context).mask.to_blocks()
+        for reduced in (
+            {},
+            {"projection": projection, "directions": "16"},
+            {"projection": projection, "directions": 64},
+        )
+    )
+    assert torch.equal(plain.sum(-1), low.sum(-1)) and not torch.equal(plain, low)
+    assert torch.equal(plain, all_directions)
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_presets_are_registered_and_run(preset):
     assert installed().preset("sparge", preset.name) == preset
@@ -237,6 +255,8 @@ def test_presets_are_registered_and_run(preset):
         ({"key_block_size": 32}, "key_block_size"),
         ({"quantization": "int4"}, "quantization"),
         ({"skip_threshold": -1}, "skip_threshold"),
+        ({"projection": "svd"}, "projection"),
+        ({"directions": 12}, "directions"),
         ({"order": "hilbert"}, "order: Input should be 'model' or 'gilbert'"),
         ({"topkk": 0.5}, "unknown parameter 'topkk', did you mean 'topk'"),
     ],
@@ -245,3 +265,15 @@ def test_presets_are_registered_and_run(preset):
 def test_wrong_parameters_are_refused(wrong, message):
     with pytest.raises(ParameterError, match=message):
         SpargeStrategy(**wrong)
+
+
+def test_a_calibration_of_another_model_is_refused_at_installation(make_pipeline):
+    pipeline = make_pipeline()
+    layers, heads = (
+        len(pipeline.transformer.transformer_blocks),
+        pipeline.transformer.config.num_attention_heads,
+    )
+    with pytest.raises(ParameterError, match=f"this model has {layers} layers of {heads} heads"):
+        apply_strategy(pipeline, "sparge", preset="calibrated")
+    with apply_strategy(pipeline, "sparge"):
+        pass

@@ -34,7 +34,7 @@ def test_allowed_keys_are_the_executed_blocks():
 def test_errors_over_all_rows_are_the_exhaustive_error():
     query, key, value = random_qkv(LAYOUT, heads=3)
     patterns, rows = plan(), torch.arange(LAYOUT.sequence_length)
-    errors = pattern_errors(query, key, value, rows, allowed_keys(patterns, rows))
+    errors = pattern_errors(query, key, value, rows, patterns)
     exact = dense_fp64(query, key, value)
     for index in range(2):
         output = attention_reference(query, key, value, executed_pairs(patterns, index))
@@ -46,10 +46,10 @@ def test_the_batch_is_judged_entry_by_entry():
     first, second = random_qkv(LAYOUT), [part * 2 for part in random_qkv(LAYOUT)]
     both = [torch.cat(pair) for pair in zip(first, second, strict=True)]
     rows = sample_rows(8, 0, AttentionContext(LAYOUT), torch.device("cpu"))
-    allowed = allowed_keys(plan(), rows)
-    together = pattern_errors(*both, rows, allowed)
+    patterns = plan()
+    together = pattern_errors(*both, rows, patterns)
     for entry, alone in enumerate((first, second)):
-        one = pattern_errors(*alone, rows, allowed)
+        one = pattern_errors(*alone, rows, patterns)
         assert torch.allclose(together[:, entry], one[:, 0], rtol=1e-5)
 
 
@@ -62,7 +62,7 @@ def test_full_patterns_have_no_error():
         keep="fraction",
     )
     rows = torch.arange(0, LAYOUT.sequence_length, 5)
-    assert pattern_errors(query, key, value, rows, allowed_keys(full, rows)).max() == 0
+    assert pattern_errors(query, key, value, rows, full).max() == 0
 
 
 def test_rows_are_video_tokens_and_repeat():
@@ -99,34 +99,34 @@ def test_planted_heads_are_recognised(temporal):
         query, key = (3 * code + 0.5 * part for part in noise[:2])
         context = AttentionContext(layout, step_index=seed)
         rows = sample_rows(32, seed, context, torch.device("cpu"))
-        errors = pattern_errors(query, key, noise[2], rows, allowed_keys(patterns, rows))
+        errors = pattern_errors(query, key, noise[2], rows, patterns)
         wrong += int((errors[1] < errors[0]).item() != temporal)
     assert wrong <= 1  # over 99 % right
 
 
 @pytest.mark.parametrize("rows_count, dim", [(1, 64), (40, 48)])
-def test_kernel_equals_the_chunks_in_fp32(rows_count, dim):
-    _compare_forms(rows_count, dim, torch.float32, 2e-3)
+def test_kernels_give_the_errors_in_fp32(rows_count, dim):
+    # A GPU multiplies fp32 in TF32 here.
+    _check_kernels(rows_count, dim, torch.float32, 2e-2 if torch.cuda.is_available() else 1e-5)
 
 
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device (bf16 is wrong in the interpreter)"
 )
 @pytest.mark.parametrize("dim", [64, 128])
-def test_kernel_equals_the_chunks_in_bf16(dim):
-    _compare_forms(32, dim, torch.bfloat16, 3e-2)
+def test_kernels_give_the_errors_in_bf16(dim):
+    _check_kernels(32, dim, torch.bfloat16, 5e-2)
 
 
-def _compare_forms(rows_count, dim, dtype, tolerance):
+def _check_kernels(rows_count, dim, dtype, tolerance):
     kernels = pytest.importorskip("plugins.svg_smart.kernels", reason="needs triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = [part.to(device, dtype) for part in random_qkv(LAYOUT, heads=3, head_dim=dim)]
     rows = sample_rows(rows_count, 0, AttentionContext(LAYOUT), device)
-    allowed = allowed_keys(plan().to(device), rows)
-    exact, *outputs = kernels.sampled_outputs(*parts, rows, allowed)
-    expected = dense_fp64(*parts)[:, :, rows]
-    assert (exact - expected).norm() <= tolerance * expected.norm()
-    for output, pairs in zip(outputs, allowed, strict=True):
-        full = attention_reference(parts[0][:, :, rows], parts[1], parts[2], pairs)
-        assert (output - full).norm() <= tolerance * full.norm()
-        assert (full - expected).norm() > 10 * tolerance * expected.norm()
+    patterns = plan().to(device)
+    errors = kernels.sampled_errors(*parts, rows, patterns)
+    exact = dense_fp64(*parts)[:, :, rows]
+    for found, pairs in zip(errors, allowed_keys(patterns, rows), strict=True):
+        output = attention_reference(parts[0][:, :, rows], parts[1], parts[2], pairs)
+        expected = (output - exact).square().mean((-1, -2))
+        assert (expected > 1e-4).all() and torch.allclose(found.double(), expected, rtol=tolerance)

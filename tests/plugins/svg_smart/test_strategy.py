@@ -159,7 +159,7 @@ def test_presets_are_registered_and_run(preset):
     assert installed().preset("svg-smart", preset.name) == preset
     strategy = create_strategy("svg-smart", preset=preset.name)
     query = torch.zeros(1, 1, DEMO.sequence_length, 64)
-    assert 0.2 < float(strategy.planned(query, AttentionContext(DEMO)).densities.mean()) < 0.5
+    assert 0.2 < float(strategy.planned(query, AttentionContext(DEMO)).masks.density()) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Checks of arguments that public functions share: types and numbers only, no work on a device."""
+
+from typing import Any
+
+import torch
+
+from core.errors import LayoutError
+
+
+def check_tensors_given(**arguments: object) -> None:
+    """Refuse arguments that are no tensors.
+
+    Raises:
+        LayoutError: one of them is not; the message names it.
+    """
+    for name, argument in arguments.items():
+        if not isinstance(argument, torch.Tensor):
+            raise LayoutError(f"{name} must be a tensor, got {type(argument).__name__}")
+
+
+def shapes_of(**tensors: torch.Tensor) -> str:
+    """One phrase for messages: ``query (1, 2, 64, 16), key (1, 2, 32, 16)``."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def check_block_shape(block_size: Any, *lengths: Any) -> None:
+    """Refuse a block size that is not two positive whole numbers, and lengths that are no whole numbers.
+
+    Raises:
+        LayoutError: one of them is neither.
+    """
+    sizes = block_size if isinstance(block_size, tuple | list) else ()
+    whole = all(isinstance(number, int | torch.SymInt) for number in (*sizes, *lengths))
+    if len(sizes) != 2 or not whole or any(size < 1 for size in sizes) or any(size < 0 for size in lengths):
+        numbers = ", ".join(map(repr, lengths))
+        raise LayoutError(
+            "expected the tokens of a (query block, key block), such as (128, 128), and whole numbers of "
+            f"query and key tokens; got {block_size!r} and {numbers}"
+        )

@@ -1,0 +1,240 @@
+"""``python -m harness.spectrum``: how many dimensions the scores and values of each head of a model need.
+
+    python -m harness.spectrum --prompts 2 --output spectrum.json --markdown spectrum.md
+
+While videos are generated with dense attention, the second moments of queries, keys and values are gathered
+at a few denoising steps. Projections found from them are judged on one more prompt, which they have not
+seen. Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jsonargparse import ArgumentParser
+
+from core import SparseAttnError
+from core.apply import find_adapter
+from harness.config import Dtype, default_prompts, read_prompts
+from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.errors import BenchError
+from harness.generate import denoise
+from harness.low_rank import value_moments
+from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
+from harness.run_folder import utc_now
+from harness.spectrum_probes import HeldOutProbe, LayerMoments, MomentProbe
+from harness.spectrum_tables import tables
+from harness.tuning import sampled_steps
+from kernels_common.score_projection import (
+    Projection,
+    ScoreMoments,
+    ScoreProjection,
+    score_error,
+    score_projection,
+    score_spectrum,
+)
+
+DONE, BAD_INPUT = 0, 2
+SEED = 0
+RANKS = (16, 32, 48)
+METHODS: tuple[Projection, ...] = tuple(name for name in get_args(Projection) if name != "none")
+
+
+@dataclass(frozen=True)
+class SpectrumConfig:
+    """Checked settings of one call.
+
+    Args:
+        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        prompts (list[str]): calibration prompts, and the held-out one last.
+        steps_measured (int): denoising steps to look at per prompt.
+        steps (int, Optional): steps of the schedule. Default: the model's
+        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
+        dtype (str, Optional): None means the model's usual one.
+        output (Path, Optional): JSON file to write.
+        markdown (Path, Optional): Markdown file to write.
+    """
+
+    model: str
+    prompts: list[str]
+    steps_measured: int
+    steps: int | None
+    device: str
+    dtype: str | None
+    output: Path | None
+    markdown: Path | None
+
+
+def parse_arguments(arguments: list[str]) -> SpectrumConfig:
+    """Read the command line.
+
+    Raises:
+        BenchError: an option is unknown or has a wrong value.
+    """
+    parser = ArgumentParser(prog="python -m harness.spectrum", description=__doc__, exit_on_error=False)
+    parser.add_argument(
+        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id"
+    )
+    parser.add_argument("--prompts", type=int, default=1, help="calibration prompts; one more is held out")
+    parser.add_argument("--steps-measured", type=int, default=3, help="denoising steps to look at per prompt")
+    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
+    parser.add_argument("--dtype", type=Dtype, help="default: float32 on CPU, half on CUDA")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="Markdown file to write")
+    try:
+        options = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise BenchError(" ".join(str(error).split())) from None
+    for name in ("prompts", "steps_measured"):
+        if getattr(options, name) < 1:
+            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    prompts = read_prompts(default_prompts(options.model))
+    if len(prompts) < options.prompts + 1:
+        raise BenchError(f"--prompts must be at most {len(prompts) - 1} here, got {options.prompts}")
+    return SpectrumConfig(
+        model=options.model,
+        prompts=prompts[: options.prompts + 1],
+        steps_measured=options.steps_measured,
+        steps=options.steps,
+        device=options.device,
+        dtype=options.dtype,
+        output=options.output,
+        markdown=options.markdown,
+    )
+
+
+def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
+    """Spectra and errors of all layers and heads; the result is what ``--output`` keeps.
+
+    Raises:
+        BenchError: the model cannot be loaded, or its heads have too few dimensions.
+    """
+    requested = {"steps": config.steps}
+    check_request(config.model, requested)
+    device = resolve_device(config.device)
+    model = load_model(config.model, requested, device, config.dtype)
+    steps = sampled_steps(0, model.settings.steps, config.steps_measured)
+    *prompts, held_out = config.prompts
+    known = MomentProbe(steps)
+    for prompt in prompts:
+        denoise(model, known, prompt, SEED)
+    layers = known.layers()
+    dim = layers[0].query.shape[-1]
+    if dim <= max(RANKS):
+        raise BenchError(f"ranks {RANKS} need heads of more dimensions, got {dim} in model {config.model}")
+    projections = {
+        (method, rank): [score_projection(layer.scores, method, rank) for layer in layers]
+        for method in METHODS
+        for rank in RANKS
+    }
+    fresh = HeldOutProbe(steps, projections)
+    denoise(model, fresh, held_out, SEED)
+    commit, dirty = git_state()
+    return {
+        "command": command,
+        "created_at": utc_now(),
+        "device": device_name(device),
+        "dtype": model.dtype,
+        "versions": package_versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "model": model.name,
+        "prompts": prompts,
+        "held_out": held_out,
+        "steps": steps,
+        "ranks": list(RANKS),
+        "scores": _score_facts(layers, fresh, projections),
+        "values": _value_facts(layers, fresh.layers(), _output_weights(model)),
+    }
+
+
+def _score_facts(
+    layers: Sequence[LayerMoments],
+    fresh: HeldOutProbe,
+    projections: dict[tuple[Projection, int], list[ScoreProjection]],
+) -> dict[str, Any]:
+    """Shares of the energy per direction on the calibration prompts, and errors on the held-out one."""
+    errors, seen = [], fresh.layers()
+    for (method, rank), own in projections.items():
+        shares = [
+            score_error(layer.scores, projection) / score_spectrum(layer.scores).sum(-1)
+            for layer, projection in zip(seen, own, strict=True)
+        ]
+        attention = torch.stack(fresh.errors[method, rank])  # [calls, H]
+        errors.append(
+            {
+                "method": method,
+                "rank": rank,
+                "lost": _rounded(torch.cat(shares)),
+                "attention_error": round(float(attention.mean()), 5),
+                "attention_error_worst": round(float(attention.max()), 5),
+            }
+        )
+    return {"spectrum": [_shares(layer.scores) for layer in layers], "errors": errors}
+
+
+def _value_facts(
+    layers: Sequence[LayerMoments], seen: Sequence[LayerMoments], weights: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """The same for values folded into the output projection; the error is that of the layer's output."""
+    moments = [value_moments(layer.value, weight) for layer, weight in zip(layers, weights, strict=True)]
+    outputs = [value_moments(layer.output, weight) for layer, weight in zip(seen, weights, strict=True)]
+    errors = []
+    for rank in RANKS:
+        lost = [
+            score_error(output, score_projection(own, "optimal", rank)) / score_spectrum(output).sum(-1)
+            for output, own in zip(outputs, moments, strict=True)
+        ]
+        errors.append({"rank": rank, "lost": _rounded(torch.cat(lost))})
+    return {"spectrum": [_shares(own) for own in moments], "errors": errors}
+
+
+def _shares(moments: ScoreMoments) -> list[list[float]]:
+    spectrum = score_spectrum(moments)[0]
+    return _rounded(spectrum / spectrum.sum(-1, keepdim=True))
+
+
+def _rounded(table: torch.Tensor) -> list[list[float]]:
+    return [[float(f"{number:.4g}") for number in row] for row in table.tolist()]
+
+
+def _output_weights(model: LoadedModel) -> list[torch.Tensor]:
+    transformer = model.pipeline.transformer
+    layers = find_adapter(transformer).attention_layers(transformer)
+    return [layer.to_out[0].weight for layer in layers]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print.
+
+    Args:
+        argv (list[str], Optional): arguments without the program's name. Default: the process's own
+
+    Returns:
+        int: exit code, see the module.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse_arguments(arguments)
+        run = measure(config, shlex.join(["python", "-m", "harness.spectrum", *arguments]))
+    except (BenchError, SparseAttnError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    text = tables(run)
+    print(text, end="")
+    if config.output:
+        config.output.write_text(json.dumps(run) + "\n", encoding="utf-8")
+    if config.markdown:
+        config.markdown.write_text(text, encoding="utf-8")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
