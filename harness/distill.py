@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 
 from core import SparseAttnError, UnsupportedCallError, create_strategy
 from harness.config import default_prompts, read_prompts
-from harness.distillation import DistillSettings, distill, record_teacher
+from harness.distillation import DistillSettings, call_error, distill, record_teacher
 from harness.environment import device_name, git_state, package_versions, resolve_device
 from harness.errors import BenchError
 from harness.generate import generate
@@ -134,6 +134,8 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
     config.output.mkdir(parents=True, exist_ok=True)
     dense = _videos(model, None, config.held_out)
     before = _videos(model, config.spec, config.held_out)
+    unseen = record_teacher(model, config.held_out, HELD_OUT_SEED)
+    error_before = call_error(model, config.spec.create(), unseen)
     calls = record_teacher(model, config.prompts, TRAINING_SEED, config.videos)
     recorded = time.perf_counter()
     seconds = recorded - started
@@ -143,6 +145,7 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
     )
     errors = distill(model, config.spec.create(), calls, config.settings, _print_update)
     trained = time.perf_counter()
+    error_after = call_error(model, config.spec.create(), unseen)
     after = _videos(model, config.spec, config.held_out)
     dense_after = _videos(model, None, config.held_out)
     model.pipeline.transformer.save_pretrained(config.output / "transformer")
@@ -156,6 +159,7 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
             "after": _likeness(after, dense),
             "dense_with_trained_weights": _likeness(dense_after, dense),
         },
+        "call_error": {"before": round(error_before, 5), "after": round(error_after, 5)},
         "held_out": config.held_out,
         "training_prompts": len(config.prompts),
         "videos_per_prompt": config.videos,
@@ -247,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     for name, values in record["psnr_to_dense_db"].items():
         print(f"PSNR to dense, {name}: {sum(values) / len(values):.2f} dB")
+    errors = record["call_error"]
+    print(f"relative error of one call, held out: {errors['before']:.4f} before, {errors['after']:.4f} after")
     print(f"density {record['density']:.3f}, {record['total_s']} s; see {config.output}")
     return DONE
 

@@ -84,6 +84,26 @@ def merge_calls(calls: Sequence[TeacherCall]) -> TeacherCall:
     return TeacherCall(first.step, arguments, torch.cat([call.output for call in calls]))
 
 
+@torch.no_grad()
+def call_error(model: LoadedModel, strategy: AttentionStrategy, calls: Sequence[TeacherCall]) -> float:
+    """Relative error ``|output - dense| / |dense|`` of single denoiser calls, mean over ``calls``."""
+    errors = []
+    with apply_strategy(model.pipeline, strategy):
+        for call in calls:
+            errors.append(_relative_error(_denoise(model, call), call.output))
+    return float(torch.stack(errors).sqrt().mean())
+
+
+def _denoise(model: LoadedModel, call: TeacherCall) -> torch.Tensor:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        return model.pipeline.transformer(**call.arguments)[0]
+
+
+def _relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared, a 0-d tensor."""
+    return F.mse_loss(output.float(), target.float()) / target.float().square().mean()
+
+
 def _batches(calls: Sequence[TeacherCall], settings: DistillSettings) -> Iterator[TeacherCall]:
     """Calls in random order, merged with others of their step; each comes once before any comes twice."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -136,10 +156,7 @@ def distill(
     errors = []
     with _Trainable(transformer), apply_strategy(model.pipeline, strategy):
         for number, call in enumerate(islice(_batches(calls, settings), settings.updates), start=1):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                output = transformer(**call.arguments)[0]
-            target = call.output.float()
-            loss = F.mse_loss(output.float(), target) / target.square().mean()
+            loss = _relative_error(_denoise(model, call), call.output)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)

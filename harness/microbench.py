@@ -9,6 +9,7 @@ from typing import Any
 from harness.errors import BenchError
 
 COLUMNS = ("strategy", "density", "backend", "median", "against dense", "largest error")
+KINDS = {"strategies": "", "gradients": ", forward and backward pass"}
 LIKENESS = "relative L1 to dense"  # missing in older files
 
 
@@ -30,21 +31,22 @@ def read_benchmarks(path: Path) -> dict[str, Any]:
 
 def tables(run: dict[str, Any]) -> str:
     """Markdown: one table per shape with every strategy against dense, and where it was measured."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in run["benchmarks"]:
-        if entry["group"].startswith("strategies "):
-            groups[entry["extra_info"]["shape"]].append(entry)
+        kind = entry["group"].split()[0]
+        if kind in KINDS:
+            groups[kind, entry["extra_info"]["shape"]].append(entry)
     if not groups:
         raise BenchError("this file has no strategies: run tests/benchmark/test_strategies.py")
-    return "\n\n".join([*(_table(shape, entries) for shape, entries in groups.items()), _provenance(run)])
+    return "\n\n".join([*(_table(*group, entries) for group, entries in groups.items()), _provenance(run)])
 
 
-def _table(shape: str, entries: list[dict[str, Any]]) -> str:
+def _table(kind: str, shape: str, entries: list[dict[str, Any]]) -> str:
     batch, heads, text, frames, rows, columns, head_dim = shape.split("x")
     first = entries[0]["extra_info"]
     title = (
         f"{first['tokens']:,} tokens ({text} text + {frames}x{rows}x{columns}), "
-        f"batch {batch}, {heads} heads of {head_dim}, {first['dtype']}"
+        f"batch {batch}, {heads} heads of {head_dim}, {first['dtype']}{KINDS[kind]}"
     )
     dense = next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
     compared = any("relative_l1" in entry["extra_info"] for entry in entries)

@@ -32,8 +32,16 @@ def pytest_addoption(parser):
     group.addoption("--spec", action="append", help="strategy spec, repeatable; default: all of the device")
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:INDEX]")
     group.addoption("--inputs", choices=[RANDOM, STRUCTURED], default=RANDOM, help="queries and keys")
+    group.addoption("--gradients", action="store_true", help="strategies: forward and backward pass")
     dtypes = ["float32", "bfloat16", "float16"]
     group.addoption("--bench-dtype", choices=dtypes, help="default: float32 on CPU, bfloat16 on CUDA")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--gradients")
+    left = [item for item in items if item.originalname.endswith("_gradients") != wanted]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 @dataclass(frozen=True)

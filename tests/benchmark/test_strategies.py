@@ -5,6 +5,7 @@ exactly that mask; of any other, the output must be a weighted mean of the value
 out constant), finite and the same at every call.
 """
 
+import pytest
 import torch
 
 from core import BlockSparseMask
@@ -41,6 +42,24 @@ def test_strategy(call, spec, timed, error_of):
 
     timed(attend, call, "strategies", CALLS_IN_A_ROW[call.query.device.type], **facts)
     strategy.verify_outputs()
+
+
+def test_strategy_gradients(call, spec, timed):
+    """Forward and backward pass; gradients against autograd are the conformance suite's business."""
+    if not spec.create().capabilities.backward:
+        pytest.skip("has no backward pass")
+    strategy = spec.create()
+    tensors = [part.detach().clone().requires_grad_() for part in (call.query, call.key, call.value)]
+
+    def both_passes():
+        output = strategy(*tensors, call.context)
+        return torch.autograd.grad(output, tensors, call.value)
+
+    assert all(torch.isfinite(gradient).all() for gradient in both_passes())
+    report = strategy.report()
+    facts = {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
+    strategy.installed = True
+    timed(both_passes, call, "gradients", CALLS_IN_A_ROW[call.query.device.type], **facts)
 
 
 def check_weighted_mean(strategy, call):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from core import UnsupportedCallError, create_strategy
+from core import UnsupportedCallError, apply_strategy, create_strategy
 from harness import distill as command
-from harness.distillation import DistillSettings, distill, merge_calls, record_teacher, trapezoid
+from harness.distillation import DistillSettings, call_error, distill, merge_calls, record_teacher, trapezoid
 from harness.models import load_model
 
 SPEC = "gilbert-block:block_size=64,samples=8,selection=topk,keep_ratio=0.1"
@@ -47,6 +47,16 @@ def test_calls_of_one_step_are_learned_from_together(model):
     torch.testing.assert_close(output, merged.output, rtol=1e-4, atol=1e-4)
     noise = [call.arguments["hidden_states"] for call in calls[::2]]
     assert not torch.equal(noise[0], noise[1])
+
+
+def test_error_of_single_calls(model):
+    calls = record_teacher(model, ["a red ball"], 0)
+    assert call_error(model, create_strategy("dense"), calls) < 1e-6
+    with torch.no_grad(), apply_strategy(model.pipeline, strategy()):
+        outputs = [model.pipeline.transformer(**call.arguments)[0] for call in calls]
+    pairs = zip(outputs, calls, strict=True)
+    each = [float((output - call.output).norm() / call.output.norm()) for output, call in pairs]
+    assert call_error(model, strategy(), calls) == pytest.approx(sum(each) / len(each), rel=1e-3)
 
 
 def test_every_call_comes_once_before_any_comes_twice(model, monkeypatch):
@@ -93,6 +103,7 @@ def test_command_writes_everything(tmp_path, capsys):
     assert command.main(["--strategy", SPEC, *TINY, "--updates", "2", "--output", str(folder)]) == 0
     record = json.loads((folder / "distill.json").read_text())
     assert len(record["relative_errors"]) == record["updates"] == 2
+    assert set(record["call_error"]) == {"before", "after"} and all(record["call_error"].values())
     likeness = record["psnr_to_dense_db"]
     assert set(likeness) == {"before", "after", "dense_with_trained_weights"}
     assert all(0 < values[0] < 100 for values in likeness.values())

@@ -73,7 +73,6 @@ class TestScatter:
             same_side = one.get("style") == other.get("style")
             assert not same_side or abs(float(one.get("y")) - float(other.get("y"))) >= 9
 
-
     def test_a_curve_is_one_line_with_one_label(self):
         lone, joined = points(4), [Point(f"m:d={x}", 4, x, 25 + x, curve="m") for x in (3.0, 1.0, 2.0)]
         svg = scatter([*lone, *joined], X, Y, "Speed")
