@@ -263,9 +263,19 @@ class AttentionStrategy(ABC):
             raise LayoutError(
                 f"the layout has {context.layout.describe()}, but query has {query.shape[2]} tokens"
             )
-        self._check_supported(query, key, context)
+        self.check_supported(query, key, context)
 
-    def _check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
+    def check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
+        """Refuse a call outside ``capabilities``; a strategy that calls others asks them too.
+
+        Args:
+            query (Tensor): ``[B, Hq, Nq, D]``.
+            key (Tensor): ``[B, Hkv, Nk, D]``.
+            context (AttentionContext): the call.
+
+        Raises:
+            UnsupportedCallError: the call is outside; the message names what.
+        """
         can = self.capabilities
         checks = (
             (can.cross_attention or query.shape[2] == key.shape[2], "different query and key lengths"),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,12 +191,24 @@ def split_label(text: str) -> tuple[str, dict[str, str]]:
     pairs: dict[str, str] = {}
     if not colon:
         return name, pairs
-    for item in re.split(r",(?![^\[{(]*[\]})])", rest):  # commas outside brackets
+    for item in _split_outside_brackets(rest):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value) or key in pairs:
             raise BenchError(f"strategy '{text}': cannot read '{item.strip()}'; {SPEC_FORM}")
         pairs[key] = value
     return name, pairs
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    """Parts between commas; those within brackets of any depth do not count."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _read_value(text: str) -> Any:

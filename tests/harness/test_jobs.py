@@ -3,7 +3,7 @@ import pytest
 from core import ParameterError, Preset, StrategyNotFoundError
 from core.registry import installed
 from harness.errors import BenchError
-from harness.jobs import job_hash, make_jobs, parse_spec, resolve_specs
+from harness.jobs import job_hash, make_jobs, parse_spec, resolve_specs, split_label
 
 
 @pytest.fixture
@@ -89,3 +89,11 @@ def test_a_job_id_depends_on_everything_that_identifies_the_job_and_nothing_else
 def test_a_hash_does_not_depend_on_the_order():
     assert job_hash({"a": 1, "b": 2}) == job_hash({"b": 2, "a": 1})
     assert len(job_hash({})) == 12
+
+
+def test_commas_within_brackets_belong_to_the_value():
+    name, pairs = split_label("combined:sparse_options={bounds: [[0.1, 2], [1, 3]], topk: 0.2},places=32")
+    assert name == "combined"
+    assert pairs == {"sparse_options": "{bounds: [[0.1, 2], [1, 3]], topk: 0.2}", "places": "32"}
+    with pytest.raises(BenchError, match="cannot read 'oops'"):
+        split_label("radial:oops,block_size=64")
