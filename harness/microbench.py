@@ -83,7 +83,7 @@ def _label(entry: dict[str, Any]) -> str:
 def _provenance(run: dict[str, Any]) -> str:
     facts = run["benchmarks"][0]["extra_info"]
     commit = facts.get("commit") or run.get("commit_info", {}).get("id", "unknown")
-    calls = f"{facts['calls']} calls in a row" if facts.get("calls", 1) > 1 else "One call each"
+    calls = f"{facts['calls']} steps of one layer in a row" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
     return (
         f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "

@@ -120,7 +120,7 @@ def call(request):
 def timed(benchmark):
     """Benchmark a function of a call's tensors; on a GPU every round ends with a synchronisation.
 
-    A round has ``calls`` of them in a row, recorded for the tables.
+    The function makes ``calls`` calls, which is recorded for the tables.
     """
 
     def run(function, call, group, calls=1, **facts):
@@ -129,8 +129,7 @@ def timed(benchmark):
         device = call.query.device
 
         def synchronised():
-            for _ in range(calls):
-                function()
+            function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

@@ -5,6 +5,8 @@ exactly that mask; of any other, the output must be a weighted mean of the value
 out constant), finite and the same at every call.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from core import BlockSparseMask
 from core.dense import attention
 from harness.tuning import relative_l1
 
-CALLS_IN_A_ROW = {"cpu": 1, "cuda": 5}  # a model queues its layers without waiting for any of them
+# A model queues its calls without waiting for any of them; what a method keeps for some steps is used as in a video.
+STEPS_IN_A_ROW = {"cpu": 1, "cuda": 5}
 
 
 @torch.inference_mode()
@@ -36,11 +39,14 @@ def test_strategy(call, spec, timed, error_of):
         facts["relative_l1"] = float(relative_l1(output, dense).mean())
     facts |= {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
     strategy.installed = True  # as within a pipeline: output checks are gathered
+    contexts = last_steps(call)
 
     def attend():
-        strategy(*inputs)
+        strategy.reset()
+        for context in contexts:
+            strategy(call.query, call.key, call.value, context)
 
-    timed(attend, call, "strategies", CALLS_IN_A_ROW[call.query.device.type], **facts)
+    timed(attend, call, "strategies", len(contexts), **facts)
     strategy.verify_outputs()
 
 
@@ -51,15 +57,23 @@ def test_strategy_gradients(call, spec, timed):
     strategy = spec.create()
     tensors = [part.detach().clone().requires_grad_() for part in (call.query, call.key, call.value)]
 
-    def both_passes():
-        output = strategy(*tensors, call.context)
+    def both_passes(context):
+        output = strategy(*tensors, context)
         return torch.autograd.grad(output, tensors, call.value)
 
-    assert all(torch.isfinite(gradient).all() for gradient in both_passes())
+    assert all(torch.isfinite(gradient).all() for gradient in both_passes(call.context))
     report = strategy.report()
     facts = {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
     strategy.installed = True
-    timed(both_passes, call, "gradients", CALLS_IN_A_ROW[call.query.device.type], **facts)
+    contexts = last_steps(call)
+    timed(lambda: [both_passes(context) for context in contexts], call, "gradients", len(contexts), **facts)
+
+
+def last_steps(call):
+    """Contexts of one layer in the last steps, which end with the call's own."""
+    steps = STEPS_IN_A_ROW[call.query.device.type]
+    first = call.context.step_index - steps + 1
+    return [replace(call.context, step_index=first + index) for index in range(steps)]
 
 
 def check_weighted_mean(strategy, call):
