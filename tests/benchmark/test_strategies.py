@@ -14,7 +14,7 @@ from core import BlockSparseMask
 from core.dense import attention
 from harness.tuning import relative_l1
 
-# A model queues its calls without waiting for any of them; what a method keeps for some steps is used as in a video.
+# Queued without waiting, as a model does; what a method keeps for some steps is used as in a video.
 STEPS_IN_A_ROW = {"cpu": 1, "cuda": 5}
 
 
