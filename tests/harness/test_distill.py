@@ -1,6 +1,7 @@
 """Distillation: what is trained, what is left alone, what the folder holds, what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,15 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     assert command.main([*arguments, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_committed_run_is_what_its_page_says():
+    folder = Path(__file__).parents[2] / "docs" / "distillation"
+    record, page = json.loads((folder / "distill.json").read_text()), (folder / "README.md").read_text()
+    likeness = list(record["psnr_to_dense_db"].values())
+    for prompt, *values in zip(record["held_out"], *likeness, strict=True):
+        assert f"| {prompt} | " + " | ".join(f"{value:.1f}" for value in values) + " |" in page
+    means = [sum(values) / len(values) for values in likeness]
+    assert "| mean | " + " | ".join(f"{value:.1f}" for value in means) + " |" in page
+    assert f"gain {means[1] - means[0]:.1f} dB" in page and record["command"] in page
+    assert all(f"{error:.3f}" in page for error in record["call_error"].values())
