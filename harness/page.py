@@ -8,10 +8,15 @@ from typing import Any
 
 from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
 from harness.curves import curve_names
+from harness.models import DEMO, TINY
 from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
 from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
 
+SMALL_MODEL_NOTICE = (
+    "This model is too small for a GPU: its calls take less time than their launches, so more launches are "
+    "slower whatever they leave out. Read density and fidelity here; measure speed at the size you mean to use."
+)
 MOST_PLAYERS = 60
 """Above this number of videos the page loads only those near the view: browsers refuse about 75 players."""
 
@@ -61,7 +66,7 @@ def describe_page(settings: dict[str, Any], rows: Sequence[ResultRow]) -> dict[s
         "statement": _statement(summaries, groups),
         "provenance": _provenance(settings, rows),
         "command": settings["command"],
-        "notice": cpu_notice(settings),
+        "notice": times_notice(settings),
         "summary_note": _summary_note(summaries, settings.get("unavailable_metrics") or {}),
         "columns": columns,
         "rows": [_summary_line(summary, columns, strategies) for summary in summaries],
@@ -139,10 +144,10 @@ def _provenance(settings: dict[str, Any], rows: Sequence[ResultRow]) -> list[tup
     return [(name, text) for name, text in facts.items() if text]
 
 
-def cpu_notice(settings: dict[str, Any]) -> str:
-    """One sentence that a run on a CPU must carry; empty for a GPU."""
+def times_notice(settings: dict[str, Any]) -> str:
+    """What must be said where times do not carry over: on a CPU, and of a small model on a GPU."""
     if not runs_on_cpu(settings):
-        return ""
+        return SMALL_MODEL_NOTICE if settings["model"] in (DEMO, TINY) else ""
     return (
         "These times were taken on a CPU and say nothing about times on a GPU, where other kernels run. "
         "Read density and fidelity here; measure speed on the GPU you mean to use."

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -25,6 +26,8 @@ COLOURS = 12
 """Strategy colours of the style sheet (``--s0`` to ``--s11``); later strategies start over."""
 
 MARKERS = "oDs^vPXd<>ph"
+MOST_LABELS = 7
+"""More curves and points than these are named below the picture: labels would cover it."""
 INK, QUIET, RULE = "#a1b1c1", "#a1b1c2", "#a1b1c3"
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -97,7 +100,10 @@ def scatter(points: Sequence[Point], x: AxisLabel, y: AxisLabel, title: str) -> 
     if not drawn:
         return ""
     with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):
-        figure = Figure(figsize=(6.4, 4.4), dpi=72, layout="constrained")
+        names = list(dict.fromkeys(point.curve or point.label for point in drawn))
+        crowded = len(names) > MOST_LABELS
+        height = 4.4 + (0.24 * len(names) if crowded else 0.0)
+        figure = Figure(figsize=(6.4, height), dpi=72, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _decorate(axes, x, y)
@@ -106,7 +112,10 @@ def scatter(points: Sequence[Point], x: AxisLabel, y: AxisLabel, title: str) -> 
         for point in drawn:
             _draw_point(axes, point)
         _widen(axes, x.span, y.span)
-        _label_points(axes, drawn, canvas)
+        if crowded:
+            _write_legend(figure, drawn)
+        else:
+            _label_points(axes, drawn, canvas)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue(), title)
@@ -158,6 +167,24 @@ def _draw_point(axes: Axes, point: Point) -> None:
     axes.plot(point.x, point.y, marker, color=colour, markersize=10, markeredgewidth=0)
 
 
+def _write_legend(figure: Figure, points: Sequence[Point]) -> None:
+    """One line per curve and per point that stands alone, below the axes."""
+    slots = {point.curve or point.label: point.slot for point in reversed(points)}
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=_colour(slot),
+            marker=MARKERS[slot % len(MARKERS)],
+            markersize=8,
+            linewidth=1.6,
+            label=name,
+        )
+        for name, slot in reversed(slots.items())
+    ]
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=11, labelcolor=INK)
+
+
 def _label_points(axes: Axes, points: Sequence[Point], canvas: FigureCanvasAgg) -> None:
     """Put each label at the first of its places that touches neither a marker nor another label.
 
@@ -182,6 +209,7 @@ def _label_points(axes: Axes, points: Sequence[Point], canvas: FigureCanvasAgg) 
             textcoords="offset points",
             fontsize=11.5,
             color=INK,
+            in_layout=False,
         )
         obstacles = markers[:index] + markers[index + 1 :] + labels
         for dx, dy, align in _places():

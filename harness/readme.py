@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from harness.columns import is_baseline
 from harness.errors import BenchError
-from harness.page import cpu_notice
+from harness.page import times_notice
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
 from harness.tables import provenance_line, summarise, to_markdown
 from harness.video import read_frames
@@ -84,7 +84,7 @@ def section(gallery: Path, address: str) -> str:
             prompts=[prompt for _, _, prompt in prompts],
             table=to_markdown(summarise(rows)).strip(),
             provenance=provenance_line(settings, rows),
-            notice=cpu_notice(settings),
+            notice=times_notice(settings),
         )
         .strip()
     )

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from harness.gallery import _render
-from harness.page import MOST_PLAYERS, cpu_notice, describe_page
+from harness.page import MOST_PLAYERS, times_notice, describe_page
 from tests.browser.synthetic_run import LABELS, PROMPTS, make_row, settings
 
 HOSTILE = '<script>alert("1")</script>\'&'
@@ -93,17 +93,19 @@ def test_rows_of_videos_are_even(count, columns):
 
 
 @pytest.mark.parametrize(
-    ("device", "noticed"),
+    ("device", "model", "word"),
     [
-        ("Intel(R) Xeon(R) Processor @ 2.70GHz (2 cores, 2 threads)", True),
-        ("AMD EPYC 9554 (1 cores, 1 threads)", True),
-        ("cpu", True),
-        ("NVIDIA H200", False),
-        ("NVIDIA GeForce RTX 5090", False),
+        ("Intel(R) Xeon(R) Processor @ 2.70GHz (2 cores, 2 threads)", "demo", "on a CPU"),
+        ("AMD EPYC 9554 (1 cores, 1 threads)", "a/checkpoint", "on a CPU"),
+        ("cpu", "demo", "on a CPU"),
+        ("NVIDIA H200", "demo", "too small for a GPU"),
+        ("NVIDIA H200", "a/checkpoint", ""),
+        ("NVIDIA GeForce RTX 5090", "cogvideox-2b-random", ""),
     ],
 )
-def test_cpu_runs_carry_the_warning(device, noticed):
-    assert bool(cpu_notice(settings() | {"device": device})) is noticed
+def test_times_that_do_not_carry_over_are_noticed(device, model, word):
+    notice = times_notice(settings() | {"device": device, "model": model})
+    assert word in notice and bool(notice) is bool(word)
 
 
 def test_many_videos_are_loaded_when_near():

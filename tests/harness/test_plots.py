@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
+from harness.plots import COLOURS, MOST_LABELS, AxisLabel, Point, density_map, mean_map, scatter
 
 X, Y = AxisLabel("speedup", 1.0), AxisLabel("PSNR (dB)")
 
@@ -81,6 +81,23 @@ class TestScatter:
         assert texts.count("m") == 1 and not any(text and text.startswith("m:d") for text in texts)
         lines = svg.count("stroke-opacity: 0.6")
         assert lines == 1 and scatter(lone, X, Y, "Speed").count("stroke-opacity: 0.6") == 0
+
+    def test_many_names_stand_below_the_picture(self):
+        few, many = (scatter(points(count), X, Y, "Speed") for count in (MOST_LABELS, MOST_LABELS + 1))
+        heights = [float(svg.split('viewBox="')[1].split('"')[0].split()[3]) for svg in (few, many)]
+        root = ElementTree.fromstring(many.replace("xlink:", ""))
+        texts = [text.text for text in root.iter() if text.tag.endswith("text")]
+        assert all(texts.count(point.label) == 1 for point in points(MOST_LABELS + 1))
+        assert heights[1] > heights[0] + 50 and "legend" in many and "legend" not in few
+
+    def test_long_labels_leave_the_axes_their_room(self):
+        def ticks(label):
+            root = ElementTree.fromstring(
+                scatter([*points(2), Point(label, 3, 1.5, 25.0)], X, Y, "S").replace("xlink:", "")
+            )
+            return [text.get("x") for text in root.iter() if text.tag.endswith("text") and text.text == "1.0"]
+
+        assert ticks("m") and ticks("m") == ticks("method:" + "parameter=value," * 8)
 
 
 class TestDensityMap:
