@@ -14,8 +14,8 @@ from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
 
 SMALL_MODEL_NOTICE = (
-    "This model is too small for a GPU: its calls take less time than their launches, so more launches are "
-    "slower whatever they leave out. Read density and fidelity here; measure speed at the size you mean to use."
+    "This model is too small for a GPU: its calls take less time than their launches, so whoever launches "
+    "more is slower. Read density and fidelity here; measure speed at the size you mean to use."
 )
 MOST_PLAYERS = 60
 """Above this number of videos the page loads only those near the view: browsers refuse about 75 players."""

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from harness.gallery import _render
-from harness.page import MOST_PLAYERS, times_notice, describe_page
+from harness.page import MOST_PLAYERS, describe_page, times_notice
 from tests.browser.synthetic_run import LABELS, PROMPTS, make_row, settings
 
 HOSTILE = '<script>alert("1")</script>\'&'
