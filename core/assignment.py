@@ -1,16 +1,11 @@
 """HeadAssignment: which strategy runs which head, by denoising step and layer, as a file."""
 
-import json
-import re
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.context import AttentionContext
-from core.errors import ParameterError
-from core.layout import TokenLayout
+from core.model_file import ModelFile
 
 IntTable = list[list[list[int]]]
 FloatTable = list[list[list[float]]]
@@ -39,7 +34,7 @@ class Candidate(BaseModel):
     whole_error: float | None = None
 
 
-class HeadAssignment(BaseModel):
+class HeadAssignment(ModelFile):
     """The candidate of every head at every layer and range of steps, with what it was chosen on.
 
     Written by ``python -m harness.compose`` as JSON. Tables are step ranges x layers x heads; measured
@@ -63,7 +58,8 @@ class HeadAssignment(BaseModel):
         made (dict): device, dtype, versions, commit, date, seconds and command.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    noun: ClassVar[str] = "an assignment"
+    command: ClassVar[str] = "harness.compose"
 
     format: Literal["sparse-attn-assignment"] = "sparse-attn-assignment"
     version: Literal[1] = 1
@@ -71,7 +67,6 @@ class HeadAssignment(BaseModel):
     first_steps: list[int] = Field(min_length=1)
     num_steps: int = Field(ge=1)
     choices: IntTable
-    model: str
     layout: dict[str, Any]
     head_dim: int
     budget: float
@@ -80,8 +75,6 @@ class HeadAssignment(BaseModel):
     errors: FloatTable
     predicted: dict[str, float] = Field(default_factory=dict)
     held_out: list[dict[str, Any]] = Field(default_factory=list)
-    prompts: list[str] = Field(default_factory=list)
-    made: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_tables(self) -> Self:
@@ -98,31 +91,6 @@ class HeadAssignment(BaseModel):
             raise ValueError(f"choices must lie in 0 to {len(self.candidates) - 1}, the candidates")
         return self
 
-    @classmethod
-    def load(cls, path: Path) -> "HeadAssignment":
-        """Read and check a file.
-
-        Raises:
-            ParameterError: it cannot be read, or is not an assignment.
-        """
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ParameterError(f"cannot read assignment {path}: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ParameterError(f"{path} is not an assignment: not JSON") from None
-        except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(str(part) for part in fault["loc"])
-            raise ParameterError(f"{path} is not an assignment: {place or 'file'}: {fault['msg']}") from None
-
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all; each row of numbers on one line."""
-        text = re.sub(r"\[[^][{}]*]", _join_lines, self.model_dump_json(indent=1))
-        partial = path.with_name(path.name + ".new")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-
     @property
     def size(self) -> tuple[int, int]:
         """Layers and heads."""
@@ -135,36 +103,6 @@ class HeadAssignment(BaseModel):
             step = step * self.num_steps // context.num_steps
         return sum(first <= step for first in self.first_steps) - 1
 
-    def check_size(self, num_layers: int, num_heads: int | None) -> None:
-        """Refuse a model of other layers or heads; ``num_heads`` is None where it is not known.
-
-        Raises:
-            ParameterError: the assignment is of another model.
-        """
-        layers, heads = self.size
-        if (num_layers, heads if num_heads is None else num_heads) != (layers, heads):
-            given = f"{num_layers} layers" + ("" if num_heads is None else f" of {num_heads} heads")
-            raise ParameterError(
-                f"the assignment is of {self.model}, {layers} layers of {heads} heads; this model has "
-                f"{given}; run python -m harness.compose for it, or leave assignment out"
-            )
-
-    def check_call(self, query: torch.Tensor, context: AttentionContext) -> None:
-        """Refuse a call of another model or shape.
-
-        Raises:
-            ParameterError: layout, layers, heads or head dimension are not those of the assignment.
-        """
-        asked = (context.layout, context.num_layers, query.shape[1], query.shape[3])
-        if asked != (TokenLayout(**self.layout), *self.size, self.head_dim):
-            raise ParameterError(
-                f"the assignment is of {self.model}: {TokenLayout(**self.layout).describe()}, "
-                f"{self.size[0]} layers of {self.size[1]} heads of {self.head_dim}; this call has "
-                f"{context.layout.describe()}, {context.num_layers} layers of {query.shape[1]} heads of "
-                f"{query.shape[3]}; run python -m harness.compose for this model and size, or leave "
-                "assignment out"
-            )
-
 
 def _shape(table: list[list[list[Any]]]) -> tuple[int, int, int] | None:
     """Sizes of a nested list; None where rows differ or are empty."""
@@ -172,7 +110,3 @@ def _shape(table: list[list[list[Any]]]) -> tuple[int, int, int] | None:
     if len(layers) != 1 or len(heads) != 1 or 0 in layers | heads:
         return None
     return len(table), layers.pop(), heads.pop()
-
-
-def _join_lines(match: re.Match[str]) -> str:
-    return re.sub(r"\n\s*", " ", match[0])
