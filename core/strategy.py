@@ -186,6 +186,7 @@ class AttentionStrategy(ABC):
         stopwatch = self.record.start(query.device)
         dense_reason = self._warm_up_reason(context)
         if dense_reason:
+            self.planned(query, context)  # what does not fit this shape shows before the warm-up, not after
             result = dense_result(query, key, value, causal=context.causal)
         else:
             result = self.attend(query, key, value, context)
@@ -237,9 +238,10 @@ class AttentionStrategy(ABC):
         return result, "non-finite output"
 
     def _raise_broken(self, context: AttentionContext, detail: str = "") -> None:
+        advice = "" if detail else ", or pass nan_guard='dense' to repeat such calls with dense attention"
         raise NonFiniteOutputError(
             f"strategy '{self.name}' gave a non-finite output at {context.describe()}{detail}. Check the "
-            "inputs for overflow, or pass nan_guard='dense' to repeat such calls with dense attention."
+            f"inputs for overflow{advice}."
         )
 
     def _check_call(

@@ -35,7 +35,7 @@ from harness.kernel_operators import (
     all_operators,
 )
 from harness.kernel_tables import Row, tables
-from harness.run_folder import utc_now
+from harness.run_folder import check_writable, utc_now
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
 BACKWARD_SPARSITY = 0.75
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         plan = make_plan(options)
+        check_writable(options.output, options.markdown)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

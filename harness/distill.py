@@ -30,7 +30,7 @@ from harness.generate import generate
 from harness.jobs import StrategySpec, parse_spec
 from harness.metrics import psnr_db
 from harness.models import DEMO, LoadedModel, check_request, load_model
-from harness.run_folder import utc_now
+from harness.run_folder import check_writable, locked, utc_now
 from harness.video import write_mp4
 
 DONE, BAD_INPUT = 0, 2
@@ -126,12 +126,23 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
 
     Returns:
         dict: the content of ``distill.json``.
+
+    Raises:
+        BenchError: the folder cannot be written, or another call writes to it.
     """
+    lock = config.output / ".lock"
+    check_writable(lock)
+    with locked(lock, f"another distillation is written to {config.output}"):
+        for clip in config.output.glob("clip_*.mp4"):  # of an earlier call, perhaps with more prompts
+            clip.unlink()
+        return _run(config, command)
+
+
+def _run(config: DistillConfig, command: str) -> dict[str, Any]:
     started = time.perf_counter()
     check_request(config.model, {"steps": config.steps})
     device = resolve_device(config.device)
     model = load_model(config.model, {"steps": config.steps}, device, "float32")
-    config.output.mkdir(parents=True, exist_ok=True)
     dense = _videos(model, None, config.held_out)
     before = _videos(model, config.spec, config.held_out)
     unseen = record_teacher(model, config.held_out, HELD_OUT_SEED)
@@ -164,7 +175,7 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
         "training_prompts": len(config.prompts),
         "videos_per_prompt": config.videos,
         "updates": config.settings.updates,
-        "calls_per_update": config.settings.batch,
+        "calls_per_update": min(config.settings.batch, len(config.prompts) * config.videos),
         "learning_rate": config.settings.learning_rate,
         "relative_errors": [round(error, 5) for error in errors],
         "training_s": round(trained - recorded, 1),

@@ -26,6 +26,7 @@ from harness.kernel_cases import POOLED as POOLED_PATTERN
 from harness.kernel_cases import Case, Shape, make_tensors, with_blocks
 from harness.kernel_checks import RIGHT, UNAVAILABLE, WRONG, judge, median_seconds
 from harness.kernel_operators import POOLED, Operator, all_operators
+from harness.run_folder import check_writable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         devices = [resolve_device(options.device)] if options.device else _all_devices()
         checks = make_checks(options.quick, options.backends)
+        check_writable(options.json)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from harness.errors import BenchError
 from harness.kernel_cases import Case, Shape, make_tensors, with_blocks
 from harness.kernel_checks import median_seconds
 from harness.kernel_operators import FORWARD
-from harness.run_folder import utc_now
+from harness.run_folder import check_writable, utc_now
 from kernels_common.block_sparse_attention import block_sparse_attention
 from kernels_common.block_sparse_backends import resolve_backend
 from kernels_common.score_projection import (
@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         shape, device = parse_shape(options.shape), resolve_device(options.device)
         ranks = parse_ranks(options.ranks, shape.head_dim)
+        check_writable(options.output)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

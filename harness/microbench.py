@@ -33,12 +33,18 @@ def tables(run: dict[str, Any]) -> str:
     """Markdown: one table per shape with every strategy against dense, and where it was measured."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in run["benchmarks"]:
-        kind = entry["group"].split()[0]
+        kind = (entry["group"] or "").partition(" ")[0]
         if kind in KINDS:
             groups[kind, entry["extra_info"]["shape"]].append(entry)
     if not groups:
         raise BenchError("this file has no strategies: run tests/benchmark/test_strategies.py")
-    return "\n\n".join([*(_table(*group, entries) for group, entries in groups.items()), _provenance(run)])
+    first = next(iter(groups.values()))[0]
+    return "\n\n".join(
+        [
+            *(_table(*group, entries) for group, entries in groups.items()),
+            _provenance(run, first["extra_info"]),
+        ]
+    )
 
 
 def _table(kind: str, shape: str, entries: list[dict[str, Any]]) -> str:
@@ -80,8 +86,7 @@ def _label(entry: dict[str, Any]) -> str:
     return entry["param"].removeprefix(entry["extra_info"]["shape"] + "-")
 
 
-def _provenance(run: dict[str, Any]) -> str:
-    facts = run["benchmarks"][0]["extra_info"]
+def _provenance(run: dict[str, Any], facts: dict[str, Any]) -> str:
     commit = facts.get("commit") or run.get("commit_info", {}).get("id", "unknown")
     calls = f"{facts['calls']} steps of one layer in a row" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"

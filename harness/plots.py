@@ -26,8 +26,8 @@ COLOURS = 12
 """Strategy colours of the style sheet (``--s0`` to ``--s11``); later strategies start over."""
 
 MARKERS = "oDs^vPXd<>ph"
-MOST_LABELS = 7
-"""More curves and points than these are named below the picture: labels would cover it."""
+MOST_LABELS, LONGEST_LABEL = 7, 28
+"""More curves and points, or longer labels, are named below the picture: they would cover it."""
 INK, QUIET, RULE = "#a1b1c1", "#a1b1c2", "#a1b1c3"
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -101,7 +101,7 @@ def scatter(points: Sequence[Point], x: AxisLabel, y: AxisLabel, title: str) -> 
         return ""
     with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):
         names = list(dict.fromkeys(point.curve or point.label for point in drawn))
-        crowded = len(names) > MOST_LABELS
+        crowded = len(names) > MOST_LABELS or max(map(len, names)) > LONGEST_LABEL
         height = 4.4 + (0.24 * len(names) if crowded else 0.0)
         figure = Figure(figsize=(6.4, height), dpi=72, layout="constrained")
         canvas = FigureCanvasAgg(figure)

@@ -153,6 +153,27 @@ def locked(path: Path, reason: str) -> Iterator[None]:
         yield
 
 
+def check_writable(*paths: Path | None) -> None:
+    """See to it, before anything is measured, that files can be written; their folders are made.
+
+    Args:
+        *paths (Path, Optional): the files; None is none.
+
+    Raises:
+        BenchError: one of them cannot be written.
+    """
+    for path in filter(None, paths):
+        trial = path.with_name(f".{path.name}.trial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise BenchError(f"cannot write to {path}: {error.strerror}") from None
+        if path.is_dir():
+            raise BenchError(f"cannot write to {path}: it is a folder")
+
+
 def no_space(path: Path, error: OSError) -> BenchError:
     """The error for a file that could not be written."""
     if error.errno == errno.ENOSPC:

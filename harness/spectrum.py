@@ -27,7 +27,7 @@ from harness.errors import BenchError
 from harness.generate import denoise
 from harness.low_rank import value_moments
 from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
-from harness.run_folder import utc_now
+from harness.run_folder import check_writable, utc_now
 from harness.spectrum_probes import HeldOutProbe, LayerMoments, MomentProbe
 from harness.spectrum_tables import tables
 from harness.tuning import sampled_steps
@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse_arguments(arguments)
+        check_writable(config.output, config.markdown)
         run = measure(config, shlex.join(["python", "-m", "harness.spectrum", *arguments]))
     except (BenchError, SparseAttnError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ from harness.errors import BenchError
 from harness.generate import denoise
 from harness.jobs import StrategySpec, parse_spec
 from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
-from harness.run_folder import locked, utc_now
+from harness.run_folder import check_writable, locked, utc_now
 from harness.tuning import Measurement, ProbeStrategy, choose_values, sampled_steps
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -196,10 +196,7 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
 
 def _output_held(output: Path) -> contextlib.AbstractContextManager[None]:
     """Two calls at once would mix their measurements in one progress file."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"cannot write to {output.parent}: {error.strerror}") from None
+    check_writable(output)
     return locked(output.with_name(f".{output.name}.lock"), f"another calibration is written to {output}")
 
 

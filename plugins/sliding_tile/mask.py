@@ -6,6 +6,7 @@ the window; elsewhere they cover it.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -118,11 +119,11 @@ def window_for_density(tiling: Tiling, density: float, block: int) -> Box:
     for window in sorted(itertools.product(*axes), key=rank, reverse=True):
         if rank(window)[1] <= density and executed_density(tiling, window, block) <= density:
             return window
-    least = executed_density(tiling, (1, 1, 1), block)
+    least = math.ceil(1000 * executed_density(tiling, (1, 1, 1), block)) / 1000
     raise ParameterError(
         f"sliding-tile: density {density:g} is out of reach for {tiling.layout.describe()}: text and windows "
-        f"of one {'x'.join(map(str, tiling.tile))} tile, in blocks of {block}, execute {least:.3f}; ask for "
-        "at least that, or take smaller blocks or tiles"
+        f"of one {'x'.join(map(str, tiling.tile))} tile, in blocks of {block}, execute {least:.3f}; "
+        "ask for at least that, or take smaller blocks or tiles"
     )
 
 

@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
-from core.errors import ParameterError
 from core.layout import TokenLayout
 from core.strategy import Capabilities
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
@@ -69,7 +68,7 @@ class SlidingTileStrategy(BlockSparseStrategy):
         """Order and mask of one layout and their executed density.
 
         Raises:
-            ParameterError: tile, window or density do not fit the layout, or windows outnumber the heads.
+            ParameterError: tile, window or density do not fit the layout.
         """
         options = self.parameters
         tiling = layout_tiling(layout, options)
@@ -108,13 +107,8 @@ def layout_windows(tiling: Tiling, parameters: SlidingTileParameters) -> list[Bo
 
 
 def _mask_of_heads(mask: BlockSparseMask, num_heads: int) -> BlockSparseMask:
-    """The masks of several windows, in turn to the heads."""
-    windows = mask.counts.shape[1]
-    if windows > num_heads:
-        raise ParameterError(
-            f"sliding-tile: {windows} windows for {num_heads} heads; give at most one window per head"
-        )
-    turns = torch.arange(num_heads) % windows
+    """The masks of several windows, in turn to the heads; fewer heads take the first ones."""
+    turns = torch.arange(num_heads) % mask.counts.shape[1]
     return BlockSparseMask(
         mask.counts[:, turns], mask.indices[:, turns], mask.block_size, mask.query_length, mask.key_length
     )

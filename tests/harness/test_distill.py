@@ -110,7 +110,7 @@ def test_command_writes_everything(tmp_path, capsys):
     assert all(0 < values[0] < 100 for values in likeness.values())
     assert 0 < record["density"] < 1 and record["command"].startswith("python -m harness.distill")
     assert {path.name for path in folder.iterdir()} == {
-        "distill.json", "curve.png", "clip_0.mp4", "clips.webp", "transformer",
+        ".lock", "distill.json", "curve.png", "clip_0.mp4", "clips.webp", "transformer",
     }  # fmt: skip
     from diffusers import CogVideoXTransformer3DModel
 

@@ -47,6 +47,13 @@ def test_bad_files_are_one_line(tmp_path, capsys, content, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_benchmarks_without_a_group_are_left_out():
+    run = json.loads(COMMITTED.read_text())
+    text = tables(run)
+    run["benchmarks"].insert(0, {"group": None, "name": "test_block_sparse_attention"})
+    assert tables(run) == text
+
+
 def test_a_file_without_strategies(tmp_path, capsys):
     run = json.loads(COMMITTED.read_text())
     run["benchmarks"] = []

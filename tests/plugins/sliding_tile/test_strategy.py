@@ -210,7 +210,6 @@ def test_wrong_parameters(wrong, message):
     [
         ({"tile": (2, 4, 4), "window": (2, 1, 1)}, "must be odd .* got 2 of 3 tiles; take 1 or 3"),
         ({"density": 0.1, "block_size": 64}, "density 0.1 is out of reach .* execute 0.*; ask for at least"),
-        ({"heads": ((1, 1, 1),) * 3}, "3 windows for 2 heads"),
     ],
 )
 def test_parameters_that_do_not_fit_the_call(wrong, message):
@@ -223,8 +222,23 @@ def test_the_error_names_a_density_within_reach():
     with pytest.raises(ParameterError) as error:
         SlidingTileStrategy(density=0.01, block_size=64).planned(query, AttentionContext(DEMO))
     least = float(str(error.value).split("execute ")[1].split(";")[0])
-    plan = SlidingTileStrategy(density=least + 0.001, block_size=64).planned(query, AttentionContext(DEMO))
-    assert plan.density == pytest.approx(least, abs=5e-4)
+    plan = SlidingTileStrategy(density=least, block_size=64).planned(query, AttentionContext(DEMO))
+    assert least - 0.001 < plan.density <= least
+
+
+def test_fewer_heads_than_windows_take_the_first_ones():
+    windows = ((1, 1, 1), (3, 1, 1), (1, 3, 1))
+    query = torch.zeros(1, 2, DEMO.sequence_length, 64)
+    three, two = (SlidingTileStrategy(heads=part, block_size=64) for part in (windows, windows[:2]))
+    masks = [one.planned(query, AttentionContext(DEMO)).mask.to_blocks() for one in (three, two)]
+    assert torch.equal(*masks)
+
+
+def test_a_wrong_density_shows_before_the_dense_warm_up():
+    query = torch.zeros(1, 1, DEMO.sequence_length, 64)
+    strategy = SlidingTileStrategy(density=0.01, block_size=64, dense_timesteps=5)
+    with pytest.raises(ParameterError, match="out of reach"):
+        strategy(query, query, query, AttentionContext(DEMO, step_index=0))
 
 
 def test_half_of_each_axis_by_default():
