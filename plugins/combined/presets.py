@@ -22,6 +22,11 @@ PRESETS: tuple[Preset, ...] = (
             {"assignment": name},
             f"The demo model: a strategy for every head and step, {aim}.",
         )
-        for name, aim in (("demo-fast", "few pairs"), ("demo", "balanced"), ("demo-fine", "close to dense"))
+        for name, aim in (
+            ("demo-fastest", "a fifth of the pairs"),
+            ("demo-fast", "few pairs"),
+            ("demo", "balanced"),
+            ("demo-fine", "close to dense"),
+        )
     ),
 )
