@@ -215,7 +215,7 @@ def test_another_version_of_a_plugin_is_not_mixed_in(arguments, copy, capsys):
 def test_a_run_that_was_dense_after_all_says_so(finished):
     remarks = bench.dense_after_all(read_rows(finished / "results.jsonl"))
     assert remarks == [
-        "radial:block_size=64 executed every pair (density 1.000): its mask keeps every block of 64 tokens"
+        "radial:block_size=64 executed every pair (density 1.000): at 64 tokens it leaves nothing out"
     ]
 
 
