@@ -138,9 +138,7 @@ def dense_after_all(rows: Sequence[ResultRow]) -> list[str]:
     for row in rows:
         if row.ok and row.strategy != DENSE and row.density == 1.0:
             warm = sum(row.dense_calls.values()) == sum(row.backends.values())
-            reason = (
-                ", ".join(row.dense_calls) if warm else f"at {row.tokens} tokens it leaves nothing out"
-            )
+            reason = ", ".join(row.dense_calls) if warm else f"at {row.tokens} tokens it leaves nothing out"
             remarks[row.label] = f"{row.label} executed every pair (density 1.000): {reason}"
     return list(remarks.values())
 
