@@ -18,6 +18,19 @@ def check_tensors_given(**arguments: object) -> None:
             raise LayoutError(f"{name} must be a tensor, got {type(argument).__name__}")
 
 
+def check_alike(**tensors: torch.Tensor) -> None:
+    """Refuse tensors of several dtypes or devices, or of whole numbers.
+
+    Raises:
+        LayoutError: the message has the dtype and device of each.
+    """
+    first = next(iter(tensors.values()))
+    alike = all(part.dtype == first.dtype and part.device == first.device for part in tensors.values())
+    if not alike or not first.is_floating_point():
+        found = ", ".join(f"{name} {part.dtype} on {part.device}" for name, part in tensors.items())
+        raise LayoutError(f"expected tensors of one floating dtype on one device; got {found}")
+
+
 def shapes_of(**tensors: torch.Tensor) -> str:
     """One phrase for messages: ``query (1, 2, 64, 16), key (1, 2, 32, 16)``."""
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())

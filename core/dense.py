@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from core.argument_checks import check_tensors_given, shapes_of
+from core.argument_checks import check_alike, check_tensors_given, shapes_of
 from core.dense_packages import PACKAGES, package_attention, package_obstacle
 from core.errors import LayoutError, ParameterError, UnsupportedCallError
 
@@ -62,12 +62,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = shapes_of(query=query, key=key, value=value)
         raise LayoutError(f"query, key and value must be [B, H, N, D]; got {shapes}")
-    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
-    if not alike or not query.is_floating_point():
-        raise LayoutError(
-            "query, key and value must share a floating dtype and a device; got "
-            + ", ".join(f"{part.dtype} on {part.device}" for part in (query, key, value))
-        )
+    check_alike(query=query, key=key, value=value)
 
 
 def attention(

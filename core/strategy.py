@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from core.argument_checks import check_tensors_given, shapes_of
+from core.argument_checks import check_alike, check_tensors_given, shapes_of
 from core.context import AttentionContext
 from core.dense import attention, resolve_dense_backend
 from core.errors import LayoutError, NonFiniteOutputError, UnsupportedCallError
@@ -255,6 +255,12 @@ class AttentionStrategy(ABC):
         if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
             raise LayoutError(
                 f"query and key must share batch and head_dim; got {shapes_of(query=query, key=key)}"
+            )
+        check_alike(query=query, key=key, value=value)
+        if 0 in (*query.shape, *key.shape, value.shape[3]):
+            raise LayoutError(
+                "expected at least one batch entry, head, token and dimension; got "
+                + shapes_of(query=query, key=key, value=value)
             )
         if not isinstance(context, AttentionContext):
             raise LayoutError(

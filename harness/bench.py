@@ -4,25 +4,22 @@ Exit codes: 0 all jobs finished, 1 a job failed (its row says why), 2 bad input 
 130 stopped with Ctrl-C.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core import SparseAttnError, available_strategies
+from core import available_strategies
 from harness import metrics
+from harness.command import DONE, FAILED, run_command
 from harness.config import BenchConfig, parse_arguments
-from harness.environment import PACKAGE, device_name, git_state, package_versions, resolve_device
-from harness.errors import BenchError
+from harness.environment import PACKAGE, provenance, resolve_device
 from harness.jobs import DENSE, Job, StrategySpec, make_jobs, presets_of, resolve_specs
 from harness.models import DEMO, LoadedModel, check_request, load_model, preset_names
 from harness.results import ResultRow, read_rows, read_run
 from harness.run_folder import FIXED, RunFolder, utc_now
 from harness.runner import Runner
 from harness.tables import provenance_line, summarise, to_markdown
-
-DONE, JOBS_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,18 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    try:
-        config = parse_arguments(argv)
-        if config.list_strategies:
-            list_strategies()
-            return DONE
-        return run_benchmark(config, sys.argv[1:] if argv is None else argv)
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("stopped; every finished job is kept, start again to go on", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        "harness.bench", argv, _bench, stopped="every finished job is kept, start again to go on"
+    )
+
+
+def _bench(arguments: list[str], command: str) -> int:
+    config = parse_arguments(arguments)
+    if config.list_strategies:
+        list_strategies()
+        return DONE
+    return run_benchmark(config, command)
 
 
 def list_strategies() -> None:
@@ -56,7 +52,7 @@ def list_strategies() -> None:
             print(f"{'':16}   preset={preset.name}: {preset.description or preset.parameters}")
 
 
-def run_benchmark(config: BenchConfig, arguments: Sequence[str]) -> int:
+def run_benchmark(config: BenchConfig, command: str) -> int:
     """Run all unfinished jobs, print the table and build the page.
 
     Raises:
@@ -70,7 +66,7 @@ def run_benchmark(config: BenchConfig, arguments: Sequence[str]) -> int:
         for note in notes + _prompt_warnings(config):
             print(f"note: {note}")
         model = load_model(config.model, config.requested, device, config.dtype, config.low_memory)
-        run = _run_record(config, model, specs, arguments)
+        run = _run_record(config, model, specs, command)
         for remark in folder.open(run, config.repair):
             print(f"note: {remark}")
         jobs = _all_jobs(config, specs, run)
@@ -83,15 +79,14 @@ def run_benchmark(config: BenchConfig, arguments: Sequence[str]) -> int:
             )
         failed = runner.run()
         _finish(config, folder.path, failed)
-    return JOBS_FAILED if failed else DONE
+    return FAILED if failed else DONE
 
 
 def _run_record(
-    config: BenchConfig, model: LoadedModel, specs: Sequence[StrategySpec], arguments: Sequence[str]
+    config: BenchConfig, model: LoadedModel, specs: Sequence[StrategySpec], command: str
 ) -> dict[str, Any]:
-    commit, dirty = git_state()
     lpips_problem = metrics.lpips_problem()
-    return {
+    return provenance(model.device, command) | {
         "model": model.name,
         "size": model.settings.size,
         "steps": model.settings.steps,
@@ -102,12 +97,7 @@ def _run_record(
         "providers": {spec.label: spec.provider for spec in specs},
         "prompts": config.prompts,
         "seeds": config.seeds,
-        "device": device_name(model.device),
-        "versions": package_versions(),
-        "commit": commit,
-        "dirty": dirty,
         "unavailable_metrics": {"lpips": lpips_problem} if lpips_problem else {},
-        "command": shlex.join(["python", "-m", "harness.bench", *arguments]),
         "config": config.dump,
         "created_at": utc_now(),
     }

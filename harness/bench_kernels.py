@@ -3,13 +3,11 @@
 Nothing is timed before it was compared with attention by its definition. On a CPU a tiny shape shows that
 everything runs; its times say nothing about a GPU.
 
-Exit codes: 0 no default backend is wrong, 1 one is, 2 bad input.
+Exit codes: 0 no default backend is wrong, 1 one is, 2 bad input, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import importlib.metadata
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.command import DONE, FAILED, make_parser, parse_options, run_command
+from harness.environment import provenance, resolve_device
 from harness.errors import BenchError
 from harness.kernel_cases import POOLED as POOLED_PATTERN
 from harness.kernel_cases import SHAPES, Case, make_tensors, with_blocks
@@ -156,18 +156,15 @@ def _peer_versions() -> dict[str, str]:
 
 def run_benchmark(plan: Plan, commit: str | None, command: str) -> dict[str, Any]:
     """Measure everything; the result is what ``--output`` keeps."""
-    found_commit, dirty = git_state()
-    run: dict[str, Any] = {
-        "command": command,
+    run = provenance(plan.device, command) | {
         "created_at": utc_now(),
-        "device": device_name(plan.device),
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "versions": package_versions() | _peer_versions(),
-        "commit": commit or found_commit,
-        "dirty": dirty and commit is None,
         "shapes": {},
         "rows": [],
     }
+    run["versions"] |= _peer_versions()
+    if commit:
+        run |= {"commit": commit, "dirty": False}
     for name in plan.shapes:
         before = _clock_mhz(plan.device)
         run["rows"] += measure_shape(name, plan)
@@ -177,17 +174,15 @@ def run_benchmark(plan: Plan, commit: str | None, command: str) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, see the module."""
-    options = _parser().parse_args(argv)
-    try:
-        plan = make_plan(options)
-        check_writable(options.output, options.markdown)
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command("harness.bench_kernels", argv, _bench)
+
+
+def _bench(arguments: list[str], command: str) -> int:
+    options = parse_options(_parser(), arguments)
+    plan = make_plan(options)
+    check_writable(options.output, options.markdown)
     if plan.device.type == "cpu":
         print("note: on a CPU these times show that everything runs, and say nothing about a GPU")
-    arguments = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "harness.bench_kernels", *arguments])
     run = run_benchmark(plan, options.commit, command)
     text = tables(run)
     print("\n" + text)
@@ -195,10 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
-    return 1 if any(row["status"] == WRONG and row["is_default"] for row in run["rows"]) else 0
+    return FAILED if any(row["status"] == WRONG and row["is_default"] for row in run["rows"]) else DONE
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_plan(options: Namespace) -> Plan:
     """The plan that a command line asks for.
 
     Raises:
@@ -252,18 +247,20 @@ def _block_size(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.bench_kernels", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default: all on a GPU, tiny on a CPU")
-    parser.add_argument("--sparsity", help="shares of dropped key blocks; default: 0,0.5,0.75,0.9")
-    parser.add_argument("--blocks", help="mask blocks; default: 64x64,64x128,128x64,128x128")
-    parser.add_argument("--backends", help="names of operators; default: all but the slow references")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:INDEX]")
+def _parser() -> ArgumentParser:
+    parser = make_parser("harness.bench_kernels", __doc__)
+    shapes = f"of {', '.join(SHAPES)}, separated by commas (default: all on a GPU, tiny on a CPU)"
+    parser.add_argument("--shapes", type=str, help=shapes)
+    sparsities = ",".join(map(str, SPARSITIES))
+    parser.add_argument("--sparsity", type=str, help=f"shares of dropped key blocks (default: {sparsities})")
+    blocks = ",".join(f"{rows}x{columns}" for rows, columns in BLOCKS)
+    parser.add_argument("--blocks", type=str, help=f"mask blocks (default: {blocks})")
+    operators = "names of operators, separated by commas (default: all but the slow references)"
+    parser.add_argument("--backends", type=str, help=operators)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
     parser.add_argument("--quick", action="store_true", help="one shape, one sparsity, one block size")
     parser.add_argument("--minutes", type=float, default=MAX_MINUTES, help="start nothing new after these")
-    parser.add_argument("--commit", help="commit to record where there is no git history")
+    parser.add_argument("--commit", type=str, help="commit to record where there is no git history")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="Markdown file to write")
     return parser

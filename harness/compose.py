@@ -8,9 +8,7 @@ budgets or another cost need no new ones, and candidates or prompts can be added
 Exit codes: 0 the assignments are written, 2 bad input or no way to go on, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import contextlib
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,21 +17,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 
-from core import SparseAttnError
 from core.assignment import Candidate, HeadAssignment
 from core.parameters import StrategyParameters
+from harness.command import make_parser, parse_options, require_at_least, run_command
 from harness.composing import cheapest_choice, chosen, range_starts
 from harness.composition_runs import Measured, measure, try_out
-from harness.config import Dtype, default_prompts, read_prompts
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.environment import provenance
 from harness.errors import BenchError
 from harness.jobs import DENSE, parse_spec
-from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
+from harness.model_options import ModelOptions, add_model_options, read_model_options
+from harness.models import LoadedModel
 from harness.run_folder import locked, utc_now
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 JOURNAL = "measurements.jsonl"
 
 
@@ -43,28 +39,22 @@ class ComposeConfig:
 
     Args:
         candidates (list[Candidate]): what heads may be given to, dense first.
-        model (str): as in `harness.models.load_model`.
+        model (ModelOptions): which model, and how.
         prompts (list[str]): prompts to measure on.
         held_out (list[str]): prompts to try the assignments on.
         budgets (list[float]): bounds on the predicted relative L2 error of the final latents.
         cost (str): what to make small, ``"time"`` or ``"density"``.
         step_ranges (int): ranges that the schedule is divided into.
-        steps (int, Optional): steps of the schedule. Default: the model's
-        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
-        dtype (str, Optional): None means the model's usual one.
         output (Path): folder to write to.
     """
 
     candidates: list[Candidate]
-    model: str
+    model: ModelOptions
     prompts: list[str]
     held_out: list[str]
     budgets: list[float]
     cost: Literal["time", "density"]
     step_ranges: int
-    steps: int | None
-    device: str
-    dtype: str | None
     output: Path
 
 
@@ -77,18 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_arguments(arguments)
-        with _folder_held(config.output):
-            compose(config, shlex.join(["python", "-m", "harness.compose", *arguments]))
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("stopped; finished measurements are kept, start again to go on", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    return run_command(
+        "harness.compose", argv, _compose, stopped="finished measurements are kept, start again to go on"
+    )
+
+
+def _compose(arguments: list[str], command: str) -> None:
+    config = parse_arguments(arguments)
+    with _folder_held(config.output):
+        compose(config, command)
 
 
 def parse_arguments(arguments: list[str]) -> ComposeConfig:
@@ -98,7 +85,7 @@ def parse_arguments(arguments: list[str]) -> ComposeConfig:
         BenchError: an option is unknown or has a wrong value.
         SparseAttnError: a candidate does not exist or has a wrong parameter.
     """
-    parser = ArgumentParser(prog="python -m harness.compose", description=__doc__, exit_on_error=False)
+    parser = make_parser("harness.compose", __doc__)
     parser.add_argument(
         "--candidates",
         type=str,
@@ -109,9 +96,7 @@ def parse_arguments(arguments: list[str]) -> ComposeConfig:
         "to find out how much errors matter in each range of steps: take a middling one. Dense layers "
         "and steps of a candidate are not used: that is what the assignment decides",
     )
-    parser.add_argument(
-        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--budgets",
         type=float,
@@ -128,37 +113,23 @@ def parse_arguments(arguments: list[str]) -> ComposeConfig:
     parser.add_argument("--prompts", type=int, default=1, help="prompts to measure on")
     parser.add_argument("--held-out", type=int, default=2, help="prompts after these to try the result on")
     parser.add_argument("--step-ranges", type=int, default=8, help="ranges of steps with an own choice")
-    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
-    parser.add_argument("--dtype", type=Dtype, help="default: float32 on CPU, half on CUDA")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
-    for name, least in (("prompts", 1), ("held_out", 0), ("step_ranges", 1)):
-        if getattr(options, name) < least:
-            raise BenchError(
-                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}"
-            )
+    options = parse_options(parser, arguments)
+    require_at_least(options, 1, "prompts", "step_ranges")
+    require_at_least(options, 0, "held_out")
     for budget in options.budgets:
         if not budget > 0:
             raise BenchError(f"--budgets must be above 0, got {budget}")
-    prompts = read_prompts(default_prompts(options.model))
-    wanted = options.prompts + options.held_out
-    if len(prompts) < wanted:
-        raise BenchError(f"--prompts and --held-out ask for {wanted} prompts, there are {len(prompts)}")
+    model = read_model_options(options)
+    prompts = model.first_prompts(options.prompts + options.held_out, "--prompts and --held-out")
     return ComposeConfig(
         candidates=_read_candidates(options.candidates),
-        model=options.model,
-        prompts=prompts[options.held_out : wanted],
+        model=model,
+        prompts=prompts[options.held_out :],
         held_out=prompts[: options.held_out],
         budgets=list(dict.fromkeys(options.budgets)),
         cost=options.cost,
         step_ranges=options.step_ranges,
-        steps=options.steps,
-        device=options.device,
-        dtype=options.dtype,
         output=options.output,
     )
 
@@ -190,22 +161,10 @@ def _folder_held(folder: Path) -> contextlib.AbstractContextManager[None]:
 def compose(config: ComposeConfig, command: str) -> list[HeadAssignment]:
     """Measure, choose, write the files, and try them on the held-out prompts."""
     started = time.perf_counter()
-    device = resolve_device(config.device)
-    requested = {"steps": config.steps}
-    check_request(config.model, requested)
-    model = load_model(config.model, requested, device, config.dtype)
+    model = config.model.load()
     starts = range_starts(model.settings.steps, config.step_ranges)
     measured = measure(model, config.candidates, config.prompts, starts, config.output / JOURNAL)
-    commit, dirty = git_state()
-    made = {
-        "device": device_name(device),
-        "dtype": model.dtype,
-        "versions": package_versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "date": utc_now(),
-        "command": command,
-    }
+    made = provenance(model.device, command) | {"dtype": model.dtype, "date": utc_now()}
     assignments = [_assign(config, model, starts, measured, budget, made) for budget in config.budgets]
     paths = [config.output / f"{budget:g}.json" for budget in config.budgets]
     for assignment, path in zip(assignments, paths, strict=True):

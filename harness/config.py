@@ -1,13 +1,12 @@
 """The benchmark's settings: command line, configuration file and prompts."""
 
-import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from harness.command import make_parser, parse_options
 from harness.environment import SOURCE_ROOT
 from harness.errors import BenchError
 from harness.models import DEMO, RANDOM_2B, TINY, preset_name
@@ -15,10 +14,12 @@ from harness.models import DEMO, RANDOM_2B, TINY, preset_name
 Dtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PROMPTS = 2
 SHORT_PROMPTS, LONG_PROMPTS = "prompts.txt", "prompts_long.txt"
-DESCRIPTION = (
-    "Run every strategy over the same prompts and seeds on one model and compare speed, density and "
-    "fidelity with dense attention. A run that was stopped goes on where it stood when it is started again."
-)
+DESCRIPTION = """\
+Run every strategy over the same prompts and seeds on one model and compare speed, density and fidelity
+with dense attention. A run that was stopped goes on where it stood when it is started again.
+
+Exit codes: 0 all jobs finished, 1 a job failed, 2 bad input or no way to go on, 130 stopped with Ctrl-C.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> BenchConfig:
         BenchError: an option is unknown or has a wrong value, or the prompts cannot be read.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    parser = build_parser()
-    try:
-        options = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise BenchError(_one_line(error)) from None
+    options = parse_options(build_parser(), argv)
     prompts = [] if options.list else _choose_prompts(options)
     for seed in options.seeds:
         if not 0 <= seed < 2**63:
@@ -95,7 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> BenchConfig:
 
 def build_parser() -> ArgumentParser:
     """The command line of ``python -m harness.bench``."""
-    parser = ArgumentParser(prog="python -m harness.bench", description=DESCRIPTION, exit_on_error=False)
+    parser = make_parser("harness.bench", DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--list", action="store_true", help="list the strategies with their state and stop")
     _add_job_options(parser)
@@ -187,7 +184,3 @@ def default_prompts(model: str) -> Path:
     """The prompts file that fits a model: of this folder if it has one, else of the source tree."""
     name = SHORT_PROMPTS if model in {DEMO, TINY} else LONG_PROMPTS
     return Path(name) if Path(name).exists() else SOURCE_ROOT / name
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()

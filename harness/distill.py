@@ -5,12 +5,10 @@
 
 The output folder gets the trained transformer, ``distill.json`` with every figure, the curve of the error,
 for each held-out prompt one clip (dense, sparse before, sparse after), and the first of them in one moving
-picture. Exit codes: 0 done, 2 bad input.
+picture. Exit codes: 0 done, 2 bad input, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,21 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
-from core import SparseAttnError, UnsupportedCallError, create_strategy
-from harness.config import default_prompts, read_prompts
+from core import UnsupportedCallError, create_strategy
+from harness.command import make_parser, parse_options, require_at_least, run_command
 from harness.distillation import DistillSettings, call_error, distill, record_teacher
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.environment import provenance
 from harness.errors import BenchError
 from harness.generate import generate
 from harness.jobs import StrategySpec, parse_spec
 from harness.metrics import psnr_db
-from harness.models import DEMO, LoadedModel, check_request, load_model
+from harness.model_options import ModelOptions, add_model_options
+from harness.models import LoadedModel
 from harness.run_folder import check_writable, locked, utc_now
 from harness.video import write_mp4
 
-DONE, BAD_INPUT = 0, 2
 HELD_OUT_SEED, TRAINING_SEED = 0, 1000
 PICTURE_ROWS = 3
 SMOOTHING = 16  # updates that one point of the curve is the mean of
@@ -45,24 +42,20 @@ class DistillConfig:
 
     Args:
         spec (StrategySpec): sparse attention to train under.
-        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        model (ModelOptions): which model, and how.
         held_out (list[str]): prompts of the comparison.
         prompts (list[str]): prompts to learn from.
         videos (int): videos to learn from per prompt.
         settings (DistillSettings): how to train.
-        steps (int, Optional): steps of the schedule. Default: the model's
-        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
         output (Path): folder to write.
     """
 
     spec: StrategySpec
-    model: str
+    model: ModelOptions
     held_out: list[str]
     prompts: list[str]
     videos: int
     settings: DistillSettings
-    steps: int | None
-    device: str
     output: Path
 
 
@@ -80,43 +73,32 @@ def parse_arguments(arguments: list[str]) -> DistillConfig:
         BenchError: an option has a wrong value.
         SparseAttnError: the strategy does not exist, or cannot be trained under.
     """
-    parser = ArgumentParser(prog="python -m harness.distill", description=__doc__, exit_on_error=False)
+    parser = make_parser("harness.distill", __doc__)
     parser.add_argument("--strategy", type=str, required=True, help="NAME or NAME:key=value,...")
-    parser.add_argument("--model", type=str, default=DEMO, help="demo, a folder or a hub id")
+    add_model_options(parser, choose_dtype=False)
     parser.add_argument("--prompts", type=int, default=8, help="prompts to learn from")
     parser.add_argument("--videos", type=int, default=1, help="videos to learn from per prompt")
     parser.add_argument("--held-out", type=int, default=2, help="prompts of the comparison, the first ones")
     parser.add_argument("--updates", type=int, default=64, help="steps of the optimiser")
     parser.add_argument("--batch", type=int, default=1, help="denoiser calls per update")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate")
-    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
-    for name in ("prompts", "videos", "held_out", "updates", "batch"):
-        if getattr(options, name) < 1:
-            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    options = parse_options(parser, arguments)
+    require_at_least(options, 1, "prompts", "videos", "held_out", "updates", "batch")
     if not options.learning_rate > 0:
         raise BenchError(f"--learning-rate must be above 0, got {options.learning_rate}")
     spec = parse_spec(options.strategy)
     if not spec.create().capabilities.backward:
         raise UnsupportedCallError(f"strategy '{spec.name}' has no backward pass, so nothing can be trained")
-    prompts = read_prompts(default_prompts(options.model))
-    if len(prompts) < options.prompts + options.held_out:
-        most = len(prompts) - options.held_out
-        raise BenchError(f"--prompts must be at most {most} beside the held-out ones, got {options.prompts}")
+    model = ModelOptions(options.model, options.steps, options.device, dtype="float32")
+    prompts = model.first_prompts(options.prompts + options.held_out, "--prompts and --held-out")
     return DistillConfig(
         spec=spec,
-        model=options.model,
+        model=model,
         held_out=prompts[: options.held_out],
-        prompts=prompts[options.held_out : options.held_out + options.prompts],
+        prompts=prompts[options.held_out :],
         videos=options.videos,
         settings=DistillSettings(options.updates, options.learning_rate, options.batch),
-        steps=options.steps,
-        device=options.device,
         output=options.output,
     )
 
@@ -140,9 +122,7 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
 
 def _run(config: DistillConfig, command: str) -> dict[str, Any]:
     started = time.perf_counter()
-    check_request(config.model, {"steps": config.steps})
-    device = resolve_device(config.device)
-    model = load_model(config.model, {"steps": config.steps}, device, "float32")
+    model = config.model.load()
     dense = _videos(model, None, config.held_out)
     before = _videos(model, config.spec, config.held_out)
     unseen = record_teacher(model, config.held_out, HELD_OUT_SEED)
@@ -160,8 +140,7 @@ def _run(config: DistillConfig, command: str) -> dict[str, Any]:
     after = _videos(model, config.spec, config.held_out)
     dense_after = _videos(model, None, config.held_out)
     model.pipeline.transformer.save_pretrained(config.output / "transformer")
-    commit, dirty = git_state()
-    record = {
+    record = provenance(model.device, command) | {
         "strategy": config.spec.label,
         "model": model.name,
         "density": round(after.density, 4),
@@ -180,12 +159,7 @@ def _run(config: DistillConfig, command: str) -> dict[str, Any]:
         "relative_errors": [round(error, 5) for error in errors],
         "training_s": round(trained - recorded, 1),
         "total_s": round(time.perf_counter() - started, 1),
-        "device": device_name(device),
-        "versions": package_versions(),
-        "commit": commit,
-        "dirty": dirty,
         "date": utc_now(),
-        "command": command,
     }
     (config.output / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _draw_curve(errors, config.output / "curve.png")
@@ -253,19 +227,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_arguments(arguments)
-        record = run(config, shlex.join(["python", "-m", "harness.distill", *arguments]))
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run_command("harness.distill", argv, _distill)
+
+
+def _distill(arguments: list[str], command: str) -> None:
+    config = parse_arguments(arguments)
+    record = run(config, command)
     for name, values in record["psnr_to_dense_db"].items():
         print(f"PSNR to dense, {name}: {sum(values) / len(values):.2f} dB")
     errors = record["call_error"]
     print(f"relative error of one call, held out: {errors['before']:.4f} before, {errors['after']:.4f} after")
     print(f"density {record['density']:.3f}, {record['total_s']} s; see {config.output}")
-    return DONE
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ is compared with attention by its definition. On a GPU the checks run in a proce
 kernel that hangs or crashes is a line of the report.
 
 Exit codes: 0 every default backend is right or unavailable, 1 one is wrong or any kernel hangs or crashes its
-process, 2 bad input.
+process, 2 bad input, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from harness.command import DONE, FAILED, make_parser, parse_options, run_command
 from harness.environment import device_name, package_versions, resolve_device
 from harness.errors import BenchError
 from harness.isolation import run_isolated
@@ -164,22 +164,20 @@ def report(findings: Iterator[Finding]) -> list[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, see the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.doctor", description=(__doc__ or "").split("\n")[0]
-    )
+    return run_command("harness.doctor", argv, _examine_machine)
+
+
+def _examine_machine(arguments: list[str], command: str) -> int:
+    parser = make_parser("harness.doctor", __doc__)
     parser.add_argument("--quick", action="store_true", help="one dtype, head dimension and block size each")
-    parser.add_argument("--backends", help="names of operators, separated by commas; default: all")
+    parser.add_argument("--backends", type=str, help="names of operators, separated by commas (default: all)")
     parser.add_argument("--json", type=Path, help="file for all findings")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds per check on a GPU; default: 60")
-    parser.add_argument("--device", help="cpu or cuda[:INDEX]; default: the CPU and every GPU")
-    options = parser.parse_args(argv)
-    try:
-        devices = [resolve_device(options.device)] if options.device else _all_devices()
-        checks = make_checks(options.quick, options.backends)
-        check_writable(options.json)
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds per check on a GPU")
+    parser.add_argument("--device", type=str, help="cpu or cuda[:INDEX] (default: the CPU and every GPU)")
+    options = parse_options(parser, arguments)
+    devices = [resolve_device(options.device)] if options.device else _all_devices()
+    checks = make_checks(options.quick, options.backends)
+    check_writable(options.json)
     record: dict[str, Any] = {"versions": package_versions(), "devices": {}}
     broken = []
     for device in devices:
@@ -193,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_summary(findings))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 1 if broken else 0
+    return FAILED if broken else DONE
 
 
 def _all_devices() -> list[torch.device]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,18 @@ def device_name(device: torch.device) -> str:
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that figures depend on; None if not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def provenance(device: torch.device, command: str) -> dict[str, Any]:
+    """What stands beside every figure: device, package versions, state of the source tree and command."""
+    commit, dirty = git_state()
+    return {
+        "device": device_name(device),
+        "versions": package_versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": command,
+    }
 
 
 def git_state() -> tuple[str | None, bool]:

@@ -4,7 +4,6 @@ The output folder keeps all it was made from (``run.json``, ``results.jsonl``, `
 page can be made again from it alone. Nothing in it depends on when or where it was generated.
 """
 
-import argparse
 import filecmp
 import json
 import re
@@ -20,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import readme
+from harness.command import make_parser, parse_options, run_command
 from harness.errors import BenchError, ResultsError
 from harness.page import describe_page
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
@@ -208,37 +208,32 @@ def find_run(runs_dir: Path, gallery_dir: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 after one line about what is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.gallery", description=(__doc__ or "").split("\n")[0]
-    )
+    return run_command("harness.gallery", argv, _regenerate, stopped="start again to go on")
+
+
+def _regenerate(arguments: list[str], command: str) -> None:
+    parser = make_parser("harness.gallery", __doc__)
     parser.add_argument(
-        "--run", type=Path, help="run folder; default: the newest under runs/, else the gallery itself"
+        "--run", type=Path, help="run folder (default: the newest under runs/, else the gallery itself)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("gallery"), help="folder to write; default: gallery"
-    )
+    parser.add_argument("--output", type=Path, default=Path("gallery"), help="folder to write")
     parser.add_argument(
         "--readme",
         type=Path,
-        help="README whose comparison section is renewed; default: the "
-        "repository's, if --output is its gallery folder",
+        help="README whose comparison section is renewed (default: the repository's, if --output is its "
+        "gallery folder)",
     )
-    options = parser.parse_args(argv)
+    options = parse_options(parser, arguments)
     target = options.readme
     if target is None and options.output.resolve() == ROOT / "gallery":
         target = ROOT / "README.md"
-    try:
-        if target:
-            readme.check_markers(target)
-        run = options.run or find_run(Path("runs"), options.output)
-        page = build(run, options.output)
-        if target:
-            readme.update(target, options.output)
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if target:
+        readme.check_markers(target)
+    run = options.run or find_run(Path("runs"), options.output)
+    page = build(run, options.output)
+    if target:
+        readme.update(target, options.output)
     print(f"wrote {page} from {run}" + (f" and the comparison section of {target}" if target else ""))
-    return 0
 
 
 if __name__ == "__main__":

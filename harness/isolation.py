@@ -1,6 +1,7 @@
 """Run a function on many items in a process that may hang or crash."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -63,6 +64,7 @@ def _outcomes(connection: Connection, child: BaseProcess, timeout_s: float, star
 
 
 def _work(connection: Connection, function: Callable, items: Sequence[Any], setting: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     for item in items:
         try:
             connection.send(function(item, setting))

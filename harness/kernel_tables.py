@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.command import make_parser, parse_options, run_command
 from harness.errors import BenchError
 from harness.kernel_cases import POOLED as POOLED_PATTERN
 from harness.kernel_operators import (
@@ -160,15 +161,13 @@ def _provenance(run: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of one file; exit code 2 if it cannot be read."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        if len(arguments) != 1:
-            raise BenchError("expected one file: python -m harness.kernel_tables FILE.json")
-        print(tables(read_benchmark(Path(arguments[0]))), end="")
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("harness.kernel_tables", argv, _print_tables)
+
+
+def _print_tables(arguments: list[str], command: str) -> None:
+    parser = make_parser("harness.kernel_tables", __doc__)
+    parser.add_argument("file", type=Path, help="what python -m harness.bench_kernels --output wrote")
+    print(tables(read_benchmark(parse_options(parser, arguments).file)), end="")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
 
 Queries and keys of R dimensions save scores; values of R dimensions, whose way back to all is folded into
 the model's output projection, save the other product. Nothing is timed before it was compared with
-attention by its definition over the same projected tokens. Exit codes: 0 done, 1 a form is wrong, 2 bad
-input.
+attention by its definition over the same projected tokens.
+
+Exit codes: 0 done, 1 a form is wrong, 2 bad input, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.dense import attention, resolve_dense_backend
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.command import DONE, FAILED, make_parser, parse_options, run_command
+from harness.environment import provenance, resolve_device
 from harness.errors import BenchError
 from harness.kernel_cases import Case, Shape, make_tensors, with_blocks
 from harness.kernel_checks import median_seconds
@@ -38,7 +38,6 @@ from kernels_common.score_projection import (
     score_projection,
 )
 
-DONE, WRONG, BAD_INPUT = 0, 1, 2
 BUDGET_S = 0.3
 ROWS_CHECKED = 256
 SPARSITY, BLOCK = 0.75, 128  # of the block-sparse calls
@@ -240,36 +239,29 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m harness.low_rank", description=__doc__)
+    return run_command("harness.low_rank", argv, _low_rank)
+
+
+def _low_rank(arguments: list[str], command: str) -> int:
+    parser = make_parser("harness.low_rank", __doc__)
     parser.add_argument("--shape", default="1x4x4096x64", help="batch x heads x tokens x head dimension")
     parser.add_argument("--ranks", default="16,32,48", help="dimensions that a projection leaves")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:INDEX]")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    try:
-        shape, device = parse_shape(options.shape), resolve_device(options.device)
-        ranks = parse_ranks(options.ranks, shape.head_dim)
-        check_writable(options.output)
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    commit, dirty = git_state()
-    run: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "harness.low_rank", *arguments]),
+    options = parse_options(parser, arguments)
+    shape, device = parse_shape(options.shape), resolve_device(options.device)
+    ranks = parse_ranks(options.ranks, shape.head_dim)
+    check_writable(options.output)
+    run: dict[str, Any] = provenance(device, command) | {
         "created_at": utc_now(),
-        "device": device_name(device),
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "versions": package_versions(),
-        "commit": commit,
-        "dirty": dirty,
         "shape": str(shape),
         "rows": measure(shape, ranks, device),
     }
     if options.output:
         options.output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     print(table(run), end="")
-    return WRONG if any(row["status"] == "wrong" for row in run["rows"]) else DONE
+    return FAILED if any(row["status"] == "wrong" for row in run["rows"]) else DONE
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from harness.command import make_parser, parse_options, run_command
 from harness.errors import BenchError
 
 COLUMNS = ("strategy", "density", "backend", "median", "against dense", "largest error")
@@ -100,15 +101,13 @@ def _provenance(run: dict[str, Any], facts: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of one file; exit code 2 if it cannot be read."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        if len(arguments) != 1:
-            raise BenchError("expected one file: python -m harness.microbench runs/microbenchmarks.json")
-        print(tables(read_benchmarks(Path(arguments[0]))))
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("harness.microbench", argv, _print_tables)
+
+
+def _print_tables(arguments: list[str], command: str) -> None:
+    parser = make_parser("harness.microbench", __doc__)
+    parser.add_argument("file", type=Path, help="what nox -s microbench wrote: runs/microbenchmarks.json")
+    print(tables(read_benchmarks(parse_options(parser, arguments).file)))
 
 
 if __name__ == "__main__":

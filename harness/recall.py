@@ -3,33 +3,30 @@
     python -m harness.recall --strategies sparge gilbert-block:preset=demo --prompts 1
 
 While a video is generated with dense attention, every strategy that decides by blocks is asked for its
-blocks on the same queries and keys at a few denoising steps. Exit codes: 0 done, 2 bad input.
+blocks on the same queries and keys at a few denoising steps. Exit codes: 0 done, 2 bad input, 130
+stopped with Ctrl-C.
 """
 
-import argparse
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
 
-from core import AttentionContext, AttentionStrategy, LevelMask, SparseAttnError
+from core import AttentionContext, AttentionStrategy, LevelMask
 from core.block_mask import block_lengths
 from core.strategy import AttentionResult, Capabilities, dense_result
-from harness.config import Dtype, default_prompts, read_prompts
-from harness.environment import resolve_device
+from harness.command import make_parser, parse_options, require_at_least, run_command
 from harness.errors import BenchError
 from harness.generate import denoise
 from harness.jobs import parse_spec
-from harness.models import DEMO, check_request, load_model
+from harness.model_options import ModelOptions, add_model_options, read_model_options
 from harness.tuning import sampled_steps
 from kernels_common.block_importance import sample_blocks, sampled_sum_importance
 from kernels_common.permutation import gather_tokens
 from kernels_common.strategy import BlockSparseStrategy
 
-DONE, BAD_INPUT = 0, 2
 SEED = 0
 
 
@@ -124,22 +121,16 @@ class RecallConfig:
     Args:
         labels (list[str]): specs as given.
         strategies (list[BlockSparseStrategy]): what they name.
-        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        model (ModelOptions): which model, and how.
         prompts (list[str]): prompts to generate.
         steps_measured (int): denoising steps to look at per prompt.
-        steps (int, Optional): steps of the schedule. Default: the model's
-        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
-        dtype (str, Optional): None means the model's usual one.
     """
 
     labels: list[str]
     strategies: list[BlockSparseStrategy]
-    model: str
+    model: ModelOptions
     prompts: list[str]
     steps_measured: int
-    steps: int | None
-    device: str
-    dtype: str | None
 
 
 def parse_arguments(arguments: list[str]) -> RecallConfig:
@@ -149,33 +140,20 @@ def parse_arguments(arguments: list[str]) -> RecallConfig:
         BenchError: an option has a wrong value, or a strategy does not decide by blocks.
         SparseAttnError: a strategy does not exist or a parameter is wrong.
     """
-    parser = ArgumentParser(prog="python -m harness.recall", description=__doc__, exit_on_error=False)
+    parser = make_parser("harness.recall", __doc__)
     parser.add_argument("--strategies", type=str, nargs="+", required=True, help="NAME or NAME:key=value,...")
-    parser.add_argument("--model", type=str, default=DEMO, help="demo, a folder or a hub id")
+    add_model_options(parser)
     parser.add_argument("--prompts", type=int, default=1, help="the first so many of the prompts file")
     parser.add_argument("--steps-measured", type=int, default=3, help="denoising steps to look at per prompt")
-    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
-    parser.add_argument("--dtype", type=Dtype, help="default: float32 on CPU, half on CUDA")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
-    for name in ("prompts", "steps_measured"):
-        if getattr(options, name) < 1:
-            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    prompts = read_prompts(default_prompts(options.model))
-    if len(prompts) < options.prompts:
-        raise BenchError(f"--prompts must be at most {len(prompts)} here, got {options.prompts}")
+    options = parse_options(parser, arguments)
+    require_at_least(options, 1, "prompts", "steps_measured")
+    model = read_model_options(options)
     return RecallConfig(
         labels=options.strategies,
         strategies=[_block_strategy(text) for text in options.strategies],
-        model=options.model,
-        prompts=prompts[: options.prompts],
+        model=model,
+        prompts=model.first_prompts(options.prompts, "--prompts"),
         steps_measured=options.steps_measured,
-        steps=options.steps,
-        device=options.device,
-        dtype=options.dtype,
     )
 
 
@@ -192,9 +170,7 @@ def measure(config: RecallConfig) -> list[list[Recall]]:
     Raises:
         BenchError: the model cannot be loaded.
     """
-    check_request(config.model, {"steps": config.steps})
-    device = resolve_device(config.device)
-    model = load_model(config.model, {"steps": config.steps}, device, config.dtype)
+    model = config.model.load()
     steps = sampled_steps(0, model.settings.steps, config.steps_measured)
     probe = RecallProbe(config.strategies, steps)
     for prompt in config.prompts:
@@ -225,13 +201,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    try:
-        config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        print(table(config.labels, measure(config)))
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return DONE
+    return run_command("harness.recall", argv, _recall)
+
+
+def _recall(arguments: list[str], command: str) -> None:
+    config = parse_arguments(arguments)
+    print(table(config.labels, measure(config)))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@
 
 While videos are generated with dense attention, the second moments of queries, keys and values are gathered
 at a few denoising steps. Projections found from them are judged on one more prompt, which they have not
-seen. Exit codes: 0 done, 2 bad input.
+seen. Exit codes: 0 done, 2 bad input, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +15,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jsonargparse import ArgumentParser
 
-from core import SparseAttnError
 from core.apply import find_adapter
-from harness.config import Dtype, default_prompts, read_prompts
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.command import make_parser, parse_options, require_at_least, run_command
+from harness.environment import provenance
 from harness.errors import BenchError
 from harness.generate import denoise
 from harness.low_rank import value_moments
-from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
+from harness.model_options import ModelOptions, add_model_options, read_model_options
+from harness.models import LoadedModel
 from harness.run_folder import check_writable, utc_now
 from harness.spectrum_probes import HeldOutProbe, LayerMoments, MomentProbe
 from harness.spectrum_tables import tables
@@ -40,7 +37,6 @@ from kernels_common.score_projection import (
     score_spectrum,
 )
 
-DONE, BAD_INPUT = 0, 2
 SEED = 0
 RANKS = (16, 32, 48)
 METHODS: tuple[Projection, ...] = tuple(name for name in get_args(Projection) if name != "none")
@@ -51,22 +47,16 @@ class SpectrumConfig:
     """Checked settings of one call.
 
     Args:
-        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        model (ModelOptions): which model, and how.
         prompts (list[str]): calibration prompts, and the held-out one last.
         steps_measured (int): denoising steps to look at per prompt.
-        steps (int, Optional): steps of the schedule. Default: the model's
-        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
-        dtype (str, Optional): None means the model's usual one.
         output (Path, Optional): JSON file to write.
         markdown (Path, Optional): Markdown file to write.
     """
 
-    model: str
+    model: ModelOptions
     prompts: list[str]
     steps_measured: int
-    steps: int | None
-    device: str
-    dtype: str | None
     output: Path | None
     markdown: Path | None
 
@@ -77,34 +67,19 @@ def parse_arguments(arguments: list[str]) -> SpectrumConfig:
     Raises:
         BenchError: an option is unknown or has a wrong value.
     """
-    parser = ArgumentParser(prog="python -m harness.spectrum", description=__doc__, exit_on_error=False)
-    parser.add_argument(
-        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id"
-    )
+    parser = make_parser("harness.spectrum", __doc__)
+    add_model_options(parser)
     parser.add_argument("--prompts", type=int, default=1, help="calibration prompts; one more is held out")
     parser.add_argument("--steps-measured", type=int, default=3, help="denoising steps to look at per prompt")
-    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
-    parser.add_argument("--dtype", type=Dtype, help="default: float32 on CPU, half on CUDA")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="Markdown file to write")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
-    for name in ("prompts", "steps_measured"):
-        if getattr(options, name) < 1:
-            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    prompts = read_prompts(default_prompts(options.model))
-    if len(prompts) < options.prompts + 1:
-        raise BenchError(f"--prompts must be at most {len(prompts) - 1} here, got {options.prompts}")
+    options = parse_options(parser, arguments)
+    require_at_least(options, 1, "prompts", "steps_measured")
+    model = read_model_options(options)
     return SpectrumConfig(
-        model=options.model,
-        prompts=prompts[: options.prompts + 1],
+        model=model,
+        prompts=model.first_prompts(options.prompts + 1, "--prompts and the held-out one"),
         steps_measured=options.steps_measured,
-        steps=options.steps,
-        device=options.device,
-        dtype=options.dtype,
         output=options.output,
         markdown=options.markdown,
     )
@@ -116,10 +91,7 @@ def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
     Raises:
         BenchError: the model cannot be loaded, or its heads have too few dimensions.
     """
-    requested = {"steps": config.steps}
-    check_request(config.model, requested)
-    device = resolve_device(config.device)
-    model = load_model(config.model, requested, device, config.dtype)
+    model = config.model.load()
     steps = sampled_steps(0, model.settings.steps, config.steps_measured)
     *prompts, held_out = config.prompts
     known = MomentProbe(steps)
@@ -128,7 +100,7 @@ def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
     layers = known.layers()
     dim = layers[0].query.shape[-1]
     if dim <= max(RANKS):
-        raise BenchError(f"ranks {RANKS} need heads of more dimensions, got {dim} in model {config.model}")
+        raise BenchError(f"ranks {RANKS} need heads of more dimensions, got {dim} in model {model.name}")
     projections = {
         (method, rank): [score_projection(layer.scores, method, rank) for layer in layers]
         for method in METHODS
@@ -136,15 +108,9 @@ def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
     }
     fresh = HeldOutProbe(steps, projections)
     denoise(model, fresh, held_out, SEED)
-    commit, dirty = git_state()
-    return {
-        "command": command,
+    return provenance(model.device, command) | {
         "created_at": utc_now(),
-        "device": device_name(device),
         "dtype": model.dtype,
-        "versions": package_versions(),
-        "commit": commit,
-        "dirty": dirty,
         "model": model.name,
         "prompts": prompts,
         "held_out": held_out,
@@ -220,21 +186,19 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_arguments(arguments)
-        check_writable(config.output, config.markdown)
-        run = measure(config, shlex.join(["python", "-m", "harness.spectrum", *arguments]))
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run_command("harness.spectrum", argv, _spectrum)
+
+
+def _spectrum(arguments: list[str], command: str) -> None:
+    config = parse_arguments(arguments)
+    check_writable(config.output, config.markdown)
+    run = measure(config, command)
     text = tables(run)
     print(text, end="")
     if config.output:
         config.output.write_text(json.dumps(run) + "\n", encoding="utf-8")
     if config.markdown:
         config.markdown.write_text(text, encoding="utf-8")
-    return DONE
 
 
 if __name__ == "__main__":

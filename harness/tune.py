@@ -3,31 +3,27 @@
 Exit codes: 0 the calibration is written, 2 bad input or no way to go on, 130 stopped with Ctrl-C.
 """
 
-import argparse
 import contextlib
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from core import AttentionStrategy, SparseAttnError, create_strategy
+from core import AttentionStrategy, create_strategy
 from core.calibration import Calibration
 from core.registry import installed
-from harness.config import Dtype, default_prompts, read_prompts
-from harness.environment import device_name, git_state, package_versions, resolve_device
+from harness.command import make_parser, parse_options, require_at_least, run_command
+from harness.environment import provenance
 from harness.errors import BenchError
 from harness.generate import denoise
 from harness.jobs import StrategySpec, parse_spec
-from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
+from harness.model_options import ModelOptions, add_model_options, read_model_options
+from harness.models import LoadedModel
 from harness.run_folder import check_writable, locked, utc_now
 from harness.tuning import Measurement, ProbeStrategy, choose_values, sampled_steps
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 SEED = 0
 
 
@@ -38,25 +34,19 @@ class TuneConfig:
     Args:
         spec (StrategySpec): strategy with its fixed parameters.
         knob (str): parameter to calibrate.
-        model (str): as in `harness.models.load_model`.
+        model (ModelOptions): which model, and how.
         prompts (list[str]): calibration prompts, and the held-out one last.
         max_error (float): bound on the relative L1 error.
         steps_measured (int): denoising steps to measure per prompt.
-        steps (int, Optional): steps of the schedule. Default: the model's
-        device (str): ``auto``, ``cpu`` or ``cuda[:INDEX]``.
-        dtype (str, Optional): None means the model's usual one.
         output (Path): file to write.
     """
 
     spec: StrategySpec
     knob: str
-    model: str
+    model: ModelOptions
     prompts: list[str]
     max_error: float
     steps_measured: int
-    steps: int | None
-    device: str
-    dtype: str | None
     output: Path
 
 
@@ -69,18 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: exit code, see the module.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_arguments(arguments)
-        with _output_held(config.output):
-            calibrate(config, shlex.join(["python", "-m", "harness.tune", *arguments]))
-    except (BenchError, SparseAttnError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("stopped; finished prompts are kept, start again to go on", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    return run_command("harness.tune", argv, _tune, stopped="finished prompts are kept, start again to go on")
+
+
+def _tune(arguments: list[str], command: str) -> None:
+    config = parse_arguments(arguments)
+    with _output_held(config.output):
+        calibrate(config, command)
 
 
 def parse_arguments(arguments: list[str]) -> TuneConfig:
@@ -90,28 +75,18 @@ def parse_arguments(arguments: list[str]) -> TuneConfig:
         BenchError: an option is unknown or has a wrong value.
         SparseAttnError: the strategy does not exist or cannot be calibrated.
     """
-    parser = ArgumentParser(prog="python -m harness.tune", description=__doc__, exit_on_error=False)
+    parser = make_parser("harness.tune", __doc__)
     parser.add_argument(
         "--strategy", type=str, required=True, help="name, or name:key=value,... to calibrate"
     )
     parser.add_argument("--knob", type=str, help="parameter to calibrate (default: the strategy's first)")
-    parser.add_argument(
-        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id"
-    )
+    add_model_options(parser)
     parser.add_argument("--prompts", type=int, default=3, help="calibration prompts; one more is held out")
     parser.add_argument("--max-error", type=float, default=0.06, help="bound on the relative L1 error")
     parser.add_argument("--steps-measured", type=int, default=3, help="denoising steps measured per prompt")
-    parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
-    parser.add_argument("--dtype", type=Dtype, help="default: float32 on CPU, half on CUDA")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .json")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
-    for name in ("prompts", "steps_measured"):
-        if getattr(options, name) < 1:
-            raise BenchError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    options = parse_options(parser, arguments)
+    require_at_least(options, 1, "prompts", "steps_measured")
     if not options.max_error > 0:
         raise BenchError(f"--max-error must be above 0, got {options.max_error}")
     if options.output.suffix != ".json":
@@ -127,19 +102,14 @@ def parse_arguments(arguments: list[str]) -> TuneConfig:
         )
     if given := sorted(tunable.keys() & spec.overrides.keys()):
         raise BenchError(f"--strategy sets {', '.join(given)}, which is what is searched; leave it out")
-    prompts = read_prompts(default_prompts(options.model))
-    if len(prompts) < options.prompts + 1:
-        raise BenchError(f"--prompts must be at most {len(prompts) - 1} here, got {options.prompts}")
+    model = read_model_options(options)
     return TuneConfig(
         spec=spec,
         knob=knob,
-        model=options.model,
-        prompts=prompts[: options.prompts + 1],
+        model=model,
+        prompts=model.first_prompts(options.prompts + 1, "--prompts and the held-out one"),
         max_error=options.max_error,
         steps_measured=options.steps_measured,
-        steps=options.steps,
-        device=options.device,
-        dtype=options.dtype,
         output=options.output,
     )
 
@@ -147,10 +117,7 @@ def parse_arguments(arguments: list[str]) -> TuneConfig:
 def calibrate(config: TuneConfig, command: str) -> Calibration:
     """Measure, choose, verify on the held-out prompt and write the file."""
     started = time.perf_counter()
-    device = resolve_device(config.device)
-    requested = {"steps": config.steps}
-    check_request(config.model, requested)
-    model = load_model(config.model, requested, device, config.dtype)
+    model = config.model.load()
     first = config.spec.create().parameters.dense_timesteps
     steps = sampled_steps(first, model.settings.steps, config.steps_measured)
     values = installed().strategy(config.spec.name).tunable[config.knob]
@@ -158,7 +125,6 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
 
     measurements, facts = _measure_all(config, model, values, prompts, steps)
     chosen, errors = choose_values(values, measurements, config.max_error)
-    commit, dirty = git_state()
     calibration = Calibration(
         strategy=config.spec.name,
         parameters=_fixed_parameters(config),
@@ -172,15 +138,7 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
         prompts=prompts,
         steps=steps,
         num_steps=model.settings.steps,
-        made={
-            "device": device_name(device),
-            "dtype": model.dtype,
-            "versions": package_versions(),
-            "commit": commit,
-            "dirty": dirty,
-            "date": utc_now(),
-            "command": command,
-        },
+        made=provenance(model.device, command) | {"dtype": model.dtype, "date": utc_now()},
     )
     calibration.save(config.output)
     verified = _verify(config, model, held_out, steps)

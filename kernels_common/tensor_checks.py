@@ -5,7 +5,7 @@ from numbers import Real
 
 import torch
 
-from core.argument_checks import check_tensors_given, shapes_of
+from core.argument_checks import check_alike, check_tensors_given, shapes_of
 from core.block_mask import BlockSparseMask
 from core.errors import LayoutError, ParameterError, UnsupportedCallError
 
@@ -25,15 +25,11 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         wrong = "query heads must be a multiple of key heads"
     if wrong is not None:
         raise LayoutError(f"{wrong}; got {shapes_of(query=query, key=key, value=value)}")
-    if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
-        raise LayoutError(
-            "query, key and value must share dtype and device; got "
-            + ", ".join(f"{part.dtype} on {part.device}" for part in (query, key, value))
-        )
     if query.dtype not in DTYPES:
         raise UnsupportedCallError(
             f"block-sparse operators support fp16, bf16, fp32 and fp64, got {query.dtype}"
         )
+    check_alike(query=query, key=key, value=value)
 
 
 def check_mask(query: torch.Tensor, key: torch.Tensor, block_mask: BlockSparseMask) -> None:

@@ -6,6 +6,7 @@ A shape is batch x heads x text tokens x frames x rows x columns x head dimensio
 """
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from harness.structured_inputs import structured_query_key
 DEMO_SHAPE = "1x4x16x17x12x20x64"
 COGVIDEOX_2B_SHAPE = "2x30x226x13x30x45x64"  # both halves of classifier-free guidance
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+PRESETS = {DEMO_SHAPE: ("demo",), COGVIDEOX_2B_SHAPE: ("cogvideox-2b", "cogvideox")}
 CHECKED_ROWS = 256
 RANDOM, STRUCTURED = "random", "structured"
 
@@ -29,7 +31,10 @@ def pytest_addoption(parser):
     group = parser.getgroup("microbenchmarks")
     shapes = f"repeatable; default: {DEMO_SHAPE} on CPU, {COGVIDEOX_2B_SHAPE} on CUDA"
     group.addoption("--shape", action="append", help=shapes)
-    group.addoption("--spec", action="append", help="strategy spec, repeatable; default: all of the device")
+    specs = (
+        "strategy spec, repeatable; default: all of the device. A bare name takes the preset of that shape"
+    )
+    group.addoption("--spec", action="append", help=specs)
     group.addoption("--bench-device", default="auto", help="auto, cpu or cuda[:INDEX]")
     group.addoption("--inputs", choices=[RANDOM, STRUCTURED], default=RANDOM, help="queries and keys")
     group.addoption("--gradients", action="store_true", help="strategies: forward and backward pass")
@@ -73,12 +78,16 @@ class Call:
         }
 
 
+def sizes(name: str) -> list[int]:
+    """The seven numbers of a shape; only the text may be empty."""
+    if not re.fullmatch(r"([1-9]\d*x){2}\d+(x[1-9]\d*){4}", name):
+        raise pytest.UsageError(f"--shape must be seven numbers such as {DEMO_SHAPE}, got '{name}'")
+    return [int(part) for part in name.split("x")]
+
+
 @functools.lru_cache(maxsize=1)  # one shape at a time: a long video's tensors fill gigabytes
 def make_call(name: str, inputs: str, device: torch.device, dtype: torch.dtype) -> Call:
-    try:
-        batch, heads, text, frames, rows, columns, head_dim = map(int, name.split("x"))
-    except ValueError:
-        raise pytest.UsageError(f"--shape must be seven numbers such as {DEMO_SHAPE}, got '{name}'") from None
+    batch, heads, text, frames, rows, columns, head_dim = sizes(name)
     layout = TokenLayout(text_length=text, frames=frames, height=rows, width=columns)
     size = (batch, heads, layout.sequence_length, head_dim)
     generator = torch.Generator(device).manual_seed(0)
@@ -95,13 +104,15 @@ def pytest_generate_tests(metafunc):
     try:
         device = resolve_device(config.getoption("--bench-device"))
         on_gpu = device.type == "cuda"
+        names = config.getoption("--shape") or [COGVIDEOX_2B_SHAPE if on_gpu else DEMO_SHAPE]
+        for name in names:
+            sizes(name)
         if "call" in metafunc.fixturenames:
-            names = config.getoption("--shape") or [COGVIDEOX_2B_SHAPE if on_gpu else DEMO_SHAPE]
             dtype = config.getoption("--bench-dtype") or ("bfloat16" if on_gpu else "float32")
             metafunc.parametrize("call", names, ids=str, indirect=True)
             metafunc.config.stash[SETTING] = (config.getoption("--inputs"), device, getattr(torch, dtype))
         if "spec" in metafunc.fixturenames:
-            presets = ("cogvideox-2b", "cogvideox") if on_gpu else ("demo",)
+            presets = PRESETS.get(names[0], ()) if len(names) == 1 else ()
             specs, _ = resolve_specs(config.getoption("--spec"), presets, device.type)
             metafunc.parametrize("spec", specs, ids=lambda spec: spec.label)
     except BenchError as error:

@@ -36,6 +36,16 @@ CALLS = {
         LayoutError,
         "query must be a tensor, got list",
     ),
+    "a strategy of two dtypes": (
+        lambda: create_strategy("dense")(TOKENS, TOKENS, TOKENS.double(), AttentionContext(LAYOUT)),
+        LayoutError,
+        "value torch.float64 on cpu",
+    ),
+    "a strategy of no batch": (
+        lambda: create_strategy("dense")(TOKENS[:0], TOKENS[:0], TOKENS[:0], AttentionContext(LAYOUT)),
+        LayoutError,
+        r"at least one batch entry.*query \(0, 2, 128, 16\)",
+    ),
     "a layout for a context": (
         lambda: create_strategy("dense")(TOKENS, TOKENS, TOKENS, LAYOUT),
         LayoutError,

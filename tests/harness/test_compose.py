@@ -259,7 +259,7 @@ def test_a_journal_of_other_settings_is_kept(tmp_path):
         (["--prompts", "0"], "--prompts must be at least 1"),
         (["--step-ranges", "0"], "--step-ranges must be at least 1"),
         (["--held-out", "-1"], "--held-out must be at least 0"),
-        (["--prompts", "1000"], "--prompts and --held-out ask for 1001 prompts"),
+        (["--prompts", "1000"], "--prompts and --held-out need 1001 prompts"),
         (["--cost", "money"], "cost"),
     ],
     ids=str,

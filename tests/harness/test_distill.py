@@ -125,7 +125,7 @@ def test_command_writes_everything(tmp_path, capsys):
         (["--strategy", "tome"], "'tome' has no backward pass"),
         (["--strategy", SPEC, "--updates", "0"], "--updates must be at least 1"),
         (["--strategy", SPEC, "--learning-rate", "0"], "--learning-rate must be above 0"),
-        (["--strategy", SPEC, "--prompts", "9999"], "--prompts must be at most"),
+        (["--strategy", SPEC, "--prompts", "9999"], "--prompts and --held-out need 10001 prompts"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):

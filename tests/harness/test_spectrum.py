@@ -85,7 +85,7 @@ def test_the_committed_tables_are_those_of_the_committed_run():
     "arguments, message",
     [
         (["--prompts", "0"], "--prompts must be at least 1"),
-        (["--prompts", "1000"], "--prompts must be at most"),
+        (["--prompts", "1000"], "need 1001 prompts"),
         (["--steps-measured", "0"], "--steps-measured must be at least 1"),
         (["--ranks", "16"], "ranks"),
         (["--model", "nothing"], "there is no model 'nothing'"),

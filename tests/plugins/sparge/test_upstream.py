@@ -280,7 +280,7 @@ def test_wrong_tensors_and_masks_are_refused(tensors):
         TOPK[0](
             query[:, :, :100].repeat(1, 2, 1, 1)[:, :3], key[:, :, :100], value[:, :, :100], is_causal=True
         )
-    with pytest.raises(LayoutError, match="must share dtype"):
+    with pytest.raises(LayoutError, match="one floating dtype"):
         TOPK[0](query, key.half(), value)
     for mask, error, message in (
         (None, ParameterError, r"mask_id is missing; pass bool or integer \(1, 2, 1, 3\)"),

@@ -1,0 +1,91 @@
+"""What every ``python -m harness.X`` does alike: options, errors in one line, Ctrl-C, exit codes."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from core import SparseAttnError
+from harness.errors import BenchError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def run_command(
+    module: str,
+    argv: Sequence[str] | None,
+    work: Callable[[list[str], str], int | None],
+    stopped: str = "nothing was written",
+) -> int:
+    """Do a command's work; what is wrong with its input becomes one line on standard error.
+
+    Args:
+        module (str): what stands behind ``python -m``.
+        argv (Sequence[str], Optional): arguments without the program's name; None means the process's own.
+        work (Callable): takes the arguments and the whole command as one line, for the record; returns the
+            exit code, None for 0.
+        stopped (str): what to say after Ctrl-C about what is there. Default: "nothing was written"
+
+    Returns:
+        int: the exit code: of ``work``, 2 for bad input or no way to go on, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return work(arguments, shlex.join(["python", "-m", module, *arguments])) or DONE
+    except (BenchError, SparseAttnError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"stopped; {stopped}", file=sys.stderr)
+        return INTERRUPTED
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """The description as it is written, and behind an option's help its default unless that speaks of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in text
+        return text if silent else f"{text} (default: %(default)s)"
+
+
+def make_parser(module: str, description: str | None) -> ArgumentParser:
+    """A parser for `parse_options`.
+
+    Args:
+        module (str): what stands behind ``python -m``.
+        description (str, Optional): the module's docstring, printed as it is.
+    """
+    return ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+    """Read a command line.
+
+    Raises:
+        BenchError: an option is unknown or has a wrong value.
+        SystemExit: after ``--help``.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise BenchError(" ".join(str(error).split())) from None
+
+
+def require_at_least(options: Namespace, least: int, *names: str) -> None:
+    """Check numbers of a command line.
+
+    Raises:
+        BenchError: one is smaller.
+    """
+    for name in names:
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise BenchError(f"--{option} must be at least {least}, got {getattr(options, name)}")
