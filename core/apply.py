@@ -148,6 +148,7 @@ class AppliedStrategy:
             num_steps=self._steps.num_steps,
             timestep=call.timestep,
             branch=call.branch,
+            call_in_step=self._steps.call_in_step,
         )
 
     def _after_call(self, denoiser: nn.Module, args: tuple, output: Any) -> None:

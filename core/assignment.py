@@ -5,7 +5,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.context import AttentionContext
+from core.errors import ParameterError
 from core.model_file import ModelFile
+from core.strategy import AttentionStrategy
 
 IntTable = list[list[list[int]]]
 FloatTable = list[list[list[float]]]
@@ -102,6 +104,19 @@ class HeadAssignment(ModelFile):
         if context.num_steps is not None:
             step = step * self.num_steps // context.num_steps
         return sum(first <= step for first in self.first_steps) - 1
+
+
+def require_heads_alike(strategy: AttentionStrategy, label: str) -> None:
+    """Refuse a strategy that cannot run some heads of a layer as it would run all.
+
+    Raises:
+        ParameterError: it has parameters that belong to places among the heads.
+    """
+    if not strategy.heads_alike:
+        raise ParameterError(
+            f"{label} has settings that belong to places among the heads, so it cannot run only some of "
+            "them; take one that treats all heads alike"
+        )
 
 
 def _shape(table: list[list[list[Any]]]) -> tuple[int, int, int] | None:

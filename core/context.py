@@ -23,6 +23,8 @@ class AttentionContext:
         branch (str): ``"cond"``, ``"uncond"`` or ``"both"`` (one batch holds the two halves of
             classifier-free guidance, or guidance is off). Default: ``"both"``
         causal (bool): no query sees a later key (language models). Default: False
+        call_in_step (int): earlier calls of the denoiser at the same timestep, where the halves of guidance
+            are computed one after the other; at most 3. Default: 0
 
     Raises:
         LayoutError: ``layout`` is no TokenLayout.
@@ -36,6 +38,7 @@ class AttentionContext:
     timestep: float | None = None
     branch: Branch = "both"
     causal: bool = False
+    call_in_step: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, TokenLayout):
@@ -43,6 +46,11 @@ class AttentionContext:
                 "AttentionContext.layout must be a TokenLayout, such as TokenLayout(226, 13, 30, 45); got "
                 f"{self.layout!r}"
             )
+
+    @property
+    def place(self) -> tuple[int, Branch, int]:
+        """What a strategy keeps its state by: calls of another layer or half of guidance share none."""
+        return self.layer_index, self.branch, self.call_in_step
 
     def at_layer(self, layer_index: int) -> "AttentionContext":
         """The same call facts at another layer."""

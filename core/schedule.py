@@ -4,13 +4,16 @@ from typing import Any
 
 import torch
 
+MOST_CALLS = 4
+"""Calls at one timestep that are told apart; without a bound, loops at a constant timestep would not end."""
+
 
 class StepTracker:
     """Turns timesteps into step indices and notices where a new video begins.
 
     With a pipeline the step is the timestep's place in the scheduler's list, and a new list means a
     new video. Without one the step advances when the timestep changes and a rising timestep means a
-    new video; denoising runs from high to low.
+    new video; denoising runs from high to low. ``call_in_step`` counts the calls at one timestep.
 
     Args:
         pipeline (Any, Optional): object whose ``scheduler.timesteps`` is the current schedule.
@@ -22,6 +25,7 @@ class StepTracker:
         self._values: list[float] = []
         self._timestep: float | None = None
         self.step_index = 0
+        self.call_in_step = 0
 
     @property
     def num_steps(self) -> int | None:
@@ -32,6 +36,8 @@ class StepTracker:
         renewed = self._read_schedule()
         previous, self._timestep = self._timestep, timestep
         started = renewed or previous is None or timestep > previous
+        again = timestep == previous and not started
+        self.call_in_step = min(self.call_in_step + 1, MOST_CALLS - 1) if again else 0
         if timestep in self._values:
             self.step_index = self._values.index(timestep)
         elif started:

@@ -145,11 +145,21 @@ class AttentionStrategy(ABC):
         """The cached result of `plan` for this call's shape."""
         shape = (context.layout, query.shape[1], query.shape[3], query.device, query.dtype)
         if shape not in self._plans:
-            self._plans[shape] = self.plan(*shape)
+            with torch.inference_mode(False):  # a plan made while drawing a video serves in training too
+                self._plans[shape] = self.plan(*shape)
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(shape)
         return self._plans[shape]
+
+    @property
+    def heads_alike(self) -> bool:
+        """Whether a head's output is the same in a call of any heads, at any place among them. Default: True
+
+        False where parameters or random choices belong to places among the heads; strategies that call others
+        for some heads of a layer refuse such a one.
+        """
+        return True
 
     def start_video(self) -> None:
         """Begin a new video: drop records and per-layer state."""
@@ -272,6 +282,7 @@ class AttentionStrategy(ABC):
                 f"the layout has {context.layout.describe()}, but query has {query.shape[2]} tokens"
             )
         self.check_supported(query, key, context)
+        self._check_gradients(value)
 
     def check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
         """Refuse a call outside ``capabilities``; a strategy that calls others asks them too.
@@ -298,7 +309,11 @@ class AttentionStrategy(ABC):
             if not supported:
                 named = what.format(query=query, can=can)
                 raise UnsupportedCallError(f"strategy '{self.name}' does not support {named}")
-        if not can.backward and torch.is_grad_enabled() and query.requires_grad:
+        self._check_gradients(query, key)
+
+    def _check_gradients(self, *tensors: torch.Tensor) -> None:
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if wanted and not self.capabilities.backward:
             raise UnsupportedCallError(
                 f"strategy '{self.name}' has no backward pass; call it under torch.no_grad()"
             )

@@ -197,6 +197,39 @@ class StrategyConformance:
                 alone = self.make()(query[one], key[one], value[one], AttentionContext(layout))
                 assert torch.allclose(together[one], alone, atol=1e-5), layout.describe()
 
+    def test_strided_inputs_are_read_right(self) -> None:
+        """No dimension need be contiguous, the last one included."""
+        layout = LAYOUTS[0]
+        tensors = self.inputs(layout)
+        expected = self.make()(*tensors, AttentionContext(layout))
+        query, key, value = (part.mT.contiguous().mT for part in tensors)
+        output = self.make()(query, key, value, AttentionContext(layout))
+        assert torch.allclose(output, expected, atol=1e-5)
+
+    def test_heads_that_are_alike_stay_so_in_any_company(self) -> None:
+        if not self.make().heads_alike:
+            return
+        chosen = [2, 0]
+        for layout in LAYOUTS[:3]:
+            tensors = self.inputs(layout, heads=3)
+            together = self.make()(*tensors, AttentionContext(layout))
+            query, key, value = (part[:, chosen] for part in tensors)
+            alone = self.make()(query, key, value, AttentionContext(layout))
+            assert torch.allclose(together[:, chosen], alone, atol=1e-5), layout.describe()
+
+    def test_what_was_planned_while_drawing_serves_in_training(self) -> None:
+        if not (self.strategy.capabilities.backward and self.keeps_tokens):
+            return
+        strategy, context = self.make(), AttentionContext(LAYOUTS[0])
+        tensors = self.inputs(LAYOUTS[0])
+        with torch.inference_mode():
+            strategy(*tensors, context)
+        strategy.start_video()
+        for part in tensors:
+            part.requires_grad_()
+        strategy(*tensors, context).sum().backward()
+        assert all(part.grad is not None and torch.isfinite(part.grad).all() for part in tensors)
+
     def test_layers_do_not_disturb_each_other(self) -> None:
         layout = LAYOUTS[0]
         own, other = self.inputs(layout), self.inputs(layout)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from core.assignment import Candidate, HeadAssignment
+from core.assignment import Candidate, HeadAssignment, require_heads_alike
 from core.parameters import StrategyParameters
 from harness.command import make_parser, parse_options, require_at_least, run_command
 from harness.composing import cheapest_choice, chosen, range_starts
@@ -140,6 +140,7 @@ def _read_candidates(texts: Sequence[str]) -> list[Candidate]:
         spec = parse_spec(text)
         if spec.parameters.get("assignment") is not None:
             raise BenchError(f"--candidates: {spec.label} is an assignment itself; take plain strategies")
+        require_heads_alike(spec.create(), f"--candidates: {spec.label}")
         own = {
             key: value for key, value in spec.parameters.items() if key not in StrategyParameters.model_fields
         }

@@ -24,7 +24,7 @@ from harness.composing import (
     range_steps,
     summarise,
 )
-from harness.environment import device_name, package_versions
+from harness.environment import device_name, git_state, package_versions
 from harness.errors import BenchError
 from harness.generate import decode, denoise
 from harness.jobs import DENSE
@@ -206,6 +206,7 @@ def measure(
         "dtype": model.dtype,
         "device": device_name(model.device),
         "versions": package_versions(),
+        "commit": git_state()[0],
     }
     runs = CompositionRuns(model, candidates, starts, Journal(journal, identity))
     trials: list[Trial] = []

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from core.assignment import HeadAssignment
+from core.assignment import HeadAssignment, require_heads_alike
 from core.context import AttentionContext
 from core.errors import ParameterError, UnsupportedCallError
 from core.registry import create_strategy
@@ -40,7 +40,7 @@ class Composition:
 
     Raises:
         StrategyNotFoundError: a candidate's strategy is not registered here.
-        ParameterError: a candidate does not take its parameters.
+        ParameterError: a candidate does not take its parameters, or its heads are not alike.
     """
 
     def __init__(self, assignment: HeadAssignment) -> None:
@@ -49,6 +49,8 @@ class Composition:
             [create_strategy(one.strategy, **one.parameters) for one in assignment.candidates]
             for _ in assignment.first_steps
         ]
+        for one, strategy in zip(assignment.candidates, self._strategies[0], strict=True):
+            require_heads_alike(strategy, f"candidate {one.label}")
         self._groups: dict[Hashable, list[HeadGroup]] = {}
 
     @property
@@ -62,11 +64,13 @@ class Composition:
             strategy.reset()
 
     def check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
-        """Refuse what a candidate of this call's steps does not support.
+        """Refuse another model or shape, and what a candidate of this call's steps does not support.
 
         Raises:
+            ParameterError: the call is of another model or shape than the assignment.
             UnsupportedCallError: the message names the candidate's strategy.
         """
+        self.assignment.check_call(query, context)
         if key.shape[1] != query.shape[1]:
             raise UnsupportedCallError("an assignment needs as many key heads as query heads (no GQA)")
         for strategy in self._strategies[self.assignment.step_range(context)]:
@@ -75,12 +79,7 @@ class Composition:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> AttentionResult:
-        """Attention of one layer; its density is the mean over heads.
-
-        Raises:
-            ParameterError: the call is of another model or shape than the assignment.
-        """
-        self.assignment.check_call(query, context)
+        """Attention of one layer; its density is the mean over heads."""
         place = self.assignment.step_range(context)
         strategies, groups = self._strategies[place], self._heads_of(place, query, context)
         if len(groups) == 1:

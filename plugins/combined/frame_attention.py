@@ -127,8 +127,10 @@ def attention_with_lse(
         tuple[Tensor, Tensor]: output ``[B, H, Nq, D]`` and natural log-sum-exp ``[B, H, Nq]`` fp32.
     """
     if needed is None and query.device.type == "cpu":
+        # The kernel takes any other last stride for 1; scaled_dot_product_attention copies, but gives no LSE.
+        parts = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, scale=query.shape[-1] ** -0.5
+            *parts, scale=query.shape[-1] ** -0.5
         )
     mask = BlockSparseMask.full(BLOCK_SIZE, query.shape[2], key.shape[2], query.device)
     if needed is not None:
@@ -148,15 +150,17 @@ def mix(
     """Weighted means of pattern outputs and text, whose shares sum to 1 in every row; ``[H, F, P, D]``.
 
     Args:
-        outputs (Tensor): ``[H, J, P, D]``, changed in place.
+        outputs (Tensor): ``[H, J, P, D]``, may be changed in place.
         corrections (Tensor): factor of every row of an output, ``[H, J, P]`` fp32.
         weights (Tensor): of the outputs in every frame, ``[H, F, J]`` fp32.
-        text (TextAttention): attention to the text, changed in place.
+        text (TextAttention): attention to the text, may be changed in place.
         text_share (Tensor): its weight in every row, ``[H, F, P]`` fp32.
     """
-    weights = weights.to(outputs.dtype)
+    dtype = text.output.dtype
+    precise = torch.float32 if dtype == torch.float16 else dtype  # weights reach 1e6, corrections 1e3
+    outputs, text_output, weights = outputs.to(precise), text.output.to(precise), weights.to(precise)
     total = torch.bmm(weights.float(), corrections) + text_share  # with the weights as they are used
     outputs.mul_(corrections[..., None])
-    mixed = torch.bmm(weights, outputs.flatten(2)).view_as(text.output)
-    mixed.add_(text.output.mul_(text_share[..., None]))
-    return mixed.div_(total[..., None])
+    mixed = torch.bmm(weights, outputs.flatten(2)).view_as(text_output)
+    mixed.add_(text_output.mul_(text_share[..., None]))
+    return mixed.div_(total[..., None]).to(dtype)

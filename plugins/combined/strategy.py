@@ -6,7 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field, field_validator
 
+from core.assignment import require_heads_alike
 from core.context import AttentionContext
+from core.errors import ParameterError
 from core.layout import TokenLayout
 from core.parameters import StrategyParameters
 from core.random import call_generator
@@ -99,11 +101,29 @@ class CombinedStrategy(AttentionStrategy):
     def __init__(self, **parameters: Any) -> None:
         super().__init__(**parameters)
         named = self.parameters.assignment
+        if named is not None:
+            self._refuse_unread()
         self._composition = None if named is None else load_composition(named)
         sparse = self.parameters.sparse
         options = self.parameters.sparse_options or DEFAULT_OPTIONS.get(sparse, {})
         self._sparse = create_strategy(sparse, **options)
+        if self.parameters.classes != "sparse":
+            require_heads_alike(self._sparse, f"strategy 'combined': sparse={sparse}, {options}")
         self._groups: dict[Hashable, HeadGroups] = {}
+
+    @property
+    def heads_alike(self) -> bool:
+        """False with an assignment, and where the other strategy tells heads apart."""
+        return self._composition is None and self._sparse.heads_alike
+
+    def _refuse_unread(self) -> None:
+        """An assignment decides everything but the dense warm-up and the guard."""
+        own = CombinedParameters.model_fields.keys() - StrategyParameters.model_fields.keys() - {"assignment"}
+        if given := sorted(own & self.parameters.model_fields_set):
+            raise ParameterError(
+                f"strategy 'combined': an assignment decides for every head, so {', '.join(given)} would be "
+                "ignored; leave out either"
+            )
 
     def reset(self) -> None:
         """Forget the classes of all layers, and what the other strategy keeps."""
@@ -189,7 +209,7 @@ class CombinedStrategy(AttentionStrategy):
         options = self.parameters
         tested = options.classes == "tested" and self._worthwhile(context.layout)
         lasting = options.refresh_every if tested else float("inf")
-        place = (context.layer_index, context.branch, query.shape[:2], query.device, context.layout)
+        place = (context.place, query.shape[:2], query.device, context.layout)
         known = self._groups.get(place)
         if known is not None and known.step <= context.step_index < known.step + lasting:
             return known, 0.0

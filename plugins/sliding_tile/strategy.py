@@ -62,6 +62,11 @@ class SlidingTileStrategy(BlockSparseStrategy):
     Parameters: ClassVar[type[SlidingTileParameters]] = SlidingTileParameters
     capabilities: ClassVar[Capabilities] = Capabilities(gqa=True, backward=True)
 
+    @property
+    def heads_alike(self) -> bool:
+        """False where heads have windows of their own."""
+        return self.parameters.heads is None
+
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> SparsePattern:

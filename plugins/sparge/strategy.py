@@ -132,6 +132,11 @@ class SpargeStrategy(BlockSparseStrategy):
         named = self.parameters.calibration
         self._calibration = None if named is None else load_calibration(named, self.parameters)
 
+    @property
+    def heads_alike(self) -> bool:
+        """False with a calibration, which has values for each head."""
+        return self.parameters.calibration is None
+
     def check_model(self, num_layers: int, num_heads: int | None) -> None:
         """Refuse the calibration of another model."""
         if self._calibration is not None:

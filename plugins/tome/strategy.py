@@ -91,11 +91,16 @@ class TomeStrategy(AttentionStrategy):
 
     def __init__(self, **parameters: Any) -> None:
         super().__init__(**parameters)
-        self._matched: dict[tuple[int, Branch], Matched] = {}
+        self._matched: dict[tuple[int, Branch, int], Matched] = {}
 
     def reset(self) -> None:
         """Forget the groups of all layers."""
         self._matched.clear()
+
+    @property
+    def heads_alike(self) -> bool:
+        """False where all heads share the similarity of their mean keys."""
+        return self.parameters.metric != "mean_k"
 
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
@@ -152,7 +157,7 @@ class TomeStrategy(AttentionStrategy):
         partition: Partition,
     ) -> tuple[MergeMap | None, float]:
         """Groups of this call, None to merge nothing, and the cost of finding them: see `matching_cost`."""
-        place = (context.layer_index, context.branch)
+        place = context.place
         known = self._matched.get(place)
         call = (context.layout, key.shape, key.device)
         if known and known.call == call and 0 < context.step_index - known.step_index < self.parameters.gap:

@@ -57,6 +57,25 @@ def test_dense_is_bit_identical_with_fused_projections(pipeline, run_pipeline):
     assert torch.equal(run_pipeline(pipeline), untouched)
 
 
+def test_guidance_by_two_calls_a_step_keeps_its_halves_apart():
+    transformer = tiny_transformer()
+    seen = []
+
+    class Watching(type(create_strategy("dense"))):
+        """Dense attention that looks at its contexts."""
+
+        def attend(self, query, key, value, context):
+            seen.append((context.step_index, context.place))
+            return super().attend(query, key, value, context)
+
+    with torch.no_grad(), apply_strategy(transformer, Watching()):
+        for timestep in (999, 999, 500, 500):
+            transformer(**tiny_call(transformer, timestep=timestep))
+    layers = [(step, call) for step, (layer, _, call) in seen if layer == 0]
+    assert layers == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({place for _, place in seen}) == 4, "two layers, two halves"
+
+
 def test_fusing_and_unfusing_under_an_installed_strategy(make_pipeline, run_pipeline):
     pipeline = make_pipeline()
     stock = {name: type(value) for name, value in pipeline.transformer.attn_processors.items()}

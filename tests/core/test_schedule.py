@@ -38,3 +38,19 @@ def test_a_list_may_repeat_timesteps():
     scheduler = SimpleNamespace(timesteps=torch.tensor([999, 500, 500, 20]))
     tracker = StepTracker(SimpleNamespace(scheduler=scheduler))
     assert walk(tracker, [999, 500, 500, 20]) == [(True, 0), (False, 1), (False, 1), (False, 2)]
+
+
+def test_calls_at_one_timestep_are_told_apart():
+    tracker = StepTracker(None)
+    calls = []
+    for timestep in (999, 999, 500, 500, 500, 999, 999):
+        tracker.advance(timestep)
+        calls.append(tracker.call_in_step)
+    assert calls == [0, 1, 0, 1, 2, 0, 1]
+
+
+def test_a_constant_timestep_does_not_count_without_end():
+    tracker = StepTracker(None)
+    for _ in range(9):
+        tracker.advance(500)
+    assert tracker.call_in_step == 3

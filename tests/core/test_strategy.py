@@ -78,6 +78,27 @@ def test_plans_are_cached_per_shape_and_bounded():
     assert len(strategy._plans) == PLANS_KEPT
 
 
+def test_a_plan_made_in_inference_mode_can_be_saved_for_backward():
+    class Ordered(Half):
+        """Keeps an order."""
+
+        capabilities = Capabilities(backward=True)
+
+        def plan(self, layout, num_heads, head_dim, device, dtype):
+            return torch.arange(layout.sequence_length)
+
+        def attend(self, query, key, value, context):
+            order = self.planned(query, context)
+            return AttentionResult(value.index_select(2, order), 1.0, "ordered")
+
+    strategy = Ordered()
+    with torch.inference_mode():
+        strategy(*random_qkv(LAYOUT), AttentionContext(LAYOUT))
+    query, key, value = random_qkv(LAYOUT)
+    strategy(query, key, value.requires_grad_(), AttentionContext(LAYOUT)).sum().backward()
+    assert torch.equal(value.grad, torch.ones_like(value))
+
+
 def test_guard_raises_falls_back_or_looks_away():
     query, key, value = random_qkv(LAYOUT)
     broken = AttentionContext(LAYOUT, layer_index=1, num_layers=2, step_index=4)
@@ -102,7 +123,9 @@ def test_capabilities_are_enforced():
         ((query, key[:, :, :5], value[:, :, :5]), "different query and key lengths"),
         ((query.bfloat16(), key.bfloat16(), value.bfloat16()), "bfloat16"),
         ((query[..., :32], key[..., :32], value[..., :32]), "head_dim 32"),
-        ((query.requires_grad_(), key, value), "no backward pass"),
+        ((query.clone().requires_grad_(), key, value), "no backward pass"),
+        ((query, key.clone().requires_grad_(), value), "no backward pass"),
+        ((query, key, value.clone().requires_grad_()), "no backward pass"),
     ]:
         with pytest.raises(UnsupportedCallError, match=message):
             Narrow()(*arguments, context)

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from core import AttentionContext, TokenLayout, create_strategy
-from core.assignment import HeadAssignment
+from core.assignment import Candidate, HeadAssignment
 from core.testing import random_qkv, tiny_call, tiny_transformer
 from harness import compose, composition_runs
 from harness.composing import (
@@ -197,6 +198,35 @@ def test_other_budgets_and_costs_need_no_new_measurements(composed, capsys):
     assert HeadAssignment.load(composed / "0.01.json").cost == "time"
 
 
+def test_damages_of_a_candidate_add_up_to_what_its_whole_video_shows(composed, monkeypatch):
+    seen, original = [], compose.measure
+    monkeypatch.setattr(compose, "measure", lambda *given: seen.append(original(*given)) or seen[-1])
+    assert compose.main(arguments(composed, "--budgets", "0.01")) == 0
+    foretold, whole = seen[0].damages.sum((0, 1, 2)), seen[0].whole
+    assert foretold[0] == whole[0] == 0 and whole[1:].min() > 0
+    assert torch.allclose(foretold[1:], whole[1:])
+
+
+@pytest.mark.parametrize("cost, chosen_label", [("time", "quick"), ("density", "sparse")])
+def test_the_cheapest_by_the_cost_that_was_asked_for(cost, chosen_label):
+    labels = ("dense", "quick", "sparse")
+    shape = (1, 2, 2, 3)
+    damages = torch.tensor([0.0, 1e-4, 1e-4], dtype=torch.float64).expand(shape)
+    densities = torch.tensor([1.0, 0.9, 0.1], dtype=torch.float64).expand(1, 2, 3)
+    tables = Tables(damages.sqrt(), damages, densities, torch.tensor([4.0, 1.0, 3.0], dtype=torch.float64))
+    facts = {"layout": {}, "head_dim": 64}
+    measured = composition_runs.Measured(tables, damages, torch.zeros(3, dtype=torch.float64), facts)
+    config = SimpleNamespace(
+        candidates=[Candidate(label=label, strategy="dense", parameters={}) for label in labels],
+        cost=cost,
+        prompts=["p"],
+    )
+    model = SimpleNamespace(name="m", settings=SimpleNamespace(steps=1))
+    assignment = compose._assign(config, model, [0], measured, 0.5, {})
+    assert [one.label for one in assignment.candidates] == [chosen_label]
+    assert assignment.predicted["cost"] == {"time": 0.25, "density": 0.1}[cost]
+
+
 def test_an_added_candidate_is_measured_beside_the_known_ones(composed, capsys):
     before = (composed / "measurements.jsonl").read_text()
     given = arguments(composed, "--budgets", "0.03")
@@ -254,6 +284,7 @@ def test_a_journal_of_other_settings_is_kept(tmp_path):
     [
         (["--candidates", "sparg"], "Did you mean 'sparge'"),
         (["--candidates", "dense"], "--candidates names dense alone"),
+        (["--candidates", "tome:metric=mean_k"], "tome:metric=mean_k has settings that belong to places"),
         (["--candidates", "radial:decay_factor=x"], "decay_factor"),
         (["--budgets", "0"], "--budgets must be above 0, got 0"),
         (["--prompts", "0"], "--prompts must be at least 1"),

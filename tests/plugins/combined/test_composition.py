@@ -76,6 +76,10 @@ def test_every_head_is_what_its_candidate_gives_alone(strategy, batch):
                 part = [tensor[:, heads] for tensor in tensors]
                 expected = alone[step // 2][candidate].attend(*part, context)
                 assert torch.equal(output[:, heads], expected.output)
+                name = list(CANDIDATES)[candidate]
+                if name != "svg-smart" or step % 2 == 0:  # which has judged the heads of another call before
+                    whole = create_strategy(name, **CANDIDATES[name]).attend(*tensors, context)
+                    assert torch.allclose(output[:, heads], whole.output[:, heads], atol=1e-5)
                 densities += float(expected.density) * len(heads) / 4
             assert strategy.report().density_by_layer[layer][step] == pytest.approx(densities, abs=1e-6)
 
@@ -149,8 +153,11 @@ def test_warm_up_and_shape_are_checked_as_ever(tmp_path):
     tensors = random_qkv(LAYOUT, heads=4)
     exact = torch.nn.functional.scaled_dot_product_attention(*tensors)
     assert torch.equal(strategy(*tensors, place()), exact)
-    with pytest.raises(ParameterError, match="the assignment is of tiny: .* run python -m harness.compose"):
-        strategy(*random_qkv(LAYOUT, heads=2), place(0, 1))
+    for step in (0, 1):
+        with pytest.raises(
+            ParameterError, match="the assignment is of tiny: .* run python -m harness.compose"
+        ):
+            strategy(*random_qkv(LAYOUT, heads=2), place(0, step))
     with pytest.raises(ParameterError, match="this model has 2 layers of 2 heads"):
         apply_strategy(tiny_transformer(), strategy)
 
@@ -167,6 +174,28 @@ def test_a_missing_strategy_a_wrong_parameter_and_an_assignment_in_itself_are_re
             create_strategy("combined", assignment=str(path))
     with pytest.raises(ParameterError, match="cannot read assignment .*nothing"):
         create_strategy("combined", assignment="nothing")
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("sliding-tile", {"block_size": 64, "tile": (2, 3, 4), "heads": ((1, 3, 1), (3, 1, 1))}),
+        ("sparge", {"calibration": "demo", "block_size": 64, "order": "gilbert"}),
+        ("tome", {"ratio": 0.2, "metric": "mean_k"}),
+    ],
+)
+def test_what_tells_heads_apart_runs_all_or_none(name, parameters):
+    with pytest.raises(ParameterError, match=f"candidate {name} has settings that belong to places"):
+        Composition(make_assignment([[[0, 1]]], {"dense": {}, name: parameters}))
+    with pytest.raises(ParameterError, match=f"sparse={name}, .* has settings that belong to places"):
+        create_strategy("combined", sparse=name, sparse_options=parameters)
+    assert create_strategy("combined", classes="sparse", sparse=name, sparse_options=parameters)
+
+
+def test_parameters_beside_an_assignment_are_refused():
+    with pytest.raises(ParameterError, match="so anchors, form would be ignored"):
+        create_strategy("combined", assignment="demo", anchors=2, form="anchors")
+    assert create_strategy("combined", preset="demo", dense_timesteps=1, nan_guard="off")
 
 
 def test_every_registered_strategy_can_be_a_candidate():

@@ -6,7 +6,13 @@ from core.testing import dense_fp64
 from plugins.combined import reference
 from plugins.combined.anchors import LEAST_MASS, Anchors, anchor_blend, anchor_frames, attend_by_anchors
 from plugins.combined.columns import ColumnOptions, attend_by_columns, bounded
-from plugins.combined.frame_attention import Heads, attend_text_queries, attention_with_lse
+from plugins.combined.frame_attention import (
+    Heads,
+    TextAttention,
+    attend_text_queries,
+    attention_with_lse,
+    mix,
+)
 from plugins.combined.frame_tables import FrameTables, frame_tables
 
 LAYOUTS = (
@@ -77,6 +83,25 @@ def test_output_is_that_of_the_definition(layout, form, generator, device, poiso
         assert (output[head].cpu() - expected[layout.video_slice]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize(
+    "bounds, text_bounds", [((0.5, 2.0), (1e-6, 1e6)), ((1e-6, 1e6), (0.7, 1.3))], ids=str
+)
+def test_column_corrections_keep_their_bounds(bounds, text_bounds, generator, device):
+    heads = make_heads(LAYOUTS[0], generator, device)
+    tables = exact_tables(heads)
+    options = OPTIONS._replace(bounds=bounds, text_bounds=text_bounds)
+    output = attend_by_columns(heads, tables, options)[0].flatten(1, 2)
+    free = attend_by_columns(heads, tables, OPTIONS._replace(bounds=(1e-6, 1e6), text_bounds=(1e-6, 1e6)))[0]
+    assert (output - free.flatten(1, 2)).abs().max() > 1e-3, (
+        "the bounds must bind for this test to mean something"
+    )
+    for head in range(3):
+        parts = [part[head].cpu() for part in heads[:3]]
+        masses = (tables.frames[head].cpu(), tables.text[head].cpu())
+        expected = reference.column_attention(*parts, LAYOUTS[0], *masses, **options._asdict())
+        assert (output[head].cpu() - expected[LAYOUTS[0].video_slice]).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=TokenLayout.describe)
 def test_position_only_heads_are_exact(layout, form, generator, device):
@@ -92,6 +117,39 @@ def test_rows_sum_to_one(layout, form, generator, device):
     heads = heads._replace(value=torch.ones_like(heads.value))
     tables = frame_tables(heads.query, heads.key, layout, torch.zeros(1, dtype=torch.int64, device=device))
     assert (by_form(form, heads, tables) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text_only", [False, True])
+def test_mix_holds_weights_beyond_the_range_of_fp16(text_only, dtype, generator, device):
+    """Factors of a row up to the places of a frame, weights up to the reciprocal of the least mass."""
+    heads, patterns, places, frames, dim = 2, 5, 7, 3, 16
+    outputs = (40 * torch.randn(heads, patterns, places, dim, generator=generator)).to(device, dtype)
+    corrections = 1350 * torch.rand(heads, patterns, places, generator=generator).to(device) ** 4
+    weights = 10 ** (9 * torch.rand(heads, frames, patterns, generator=generator) - 3).to(device)
+    if text_only:
+        weights[0, 1] = 0
+    own = (40 * torch.randn(heads, frames, places, dim, generator=generator)).to(device, dtype)
+    text = TextAttention(own, torch.zeros(heads, frames, places, device=device))
+    share = 10 ** (9 * torch.rand(heads, frames, places, generator=generator) - 3).to(device)
+
+    rows = torch.einsum("hfj,hjp->hfjp", weights.double(), corrections.double())
+    expected = torch.einsum("hfjp,hjpd->hfpd", rows, outputs.double()) + share[..., None] * own.double()
+    expected /= (rows.sum(2) + share)[..., None]
+    mixed = mix(outputs, corrections, weights, text, share)
+    tolerance = {torch.float16: 0.07, torch.bfloat16: 3.0, torch.float32: 1e-3}[dtype]  # of values to 160
+    assert (mixed - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_strided_inputs(place, generator, device):
+    """The last dimension need not be contiguous."""
+    parts = list(torch.randn(3, 1, 2, 32, 64, generator=generator).to(device))
+    parts[place] = parts[place].mT.contiguous().mT
+    output, lse = attention_with_lse(*parts)
+    scores = parts[0].double() @ parts[1].double().mT / 8
+    assert (output - dense_fp64(*parts)).abs().max() < 1e-5
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=TokenLayout.describe)

@@ -163,6 +163,35 @@ def test_classes_are_kept_per_layer_and_dropped_with_the_video(refresh_every, te
         assert [cost > 0 for cost in tests[1]] == [step % refresh_every == 0 for step in range(6)]
 
 
+def test_calls_of_one_step_have_classes_of_their_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "pattern_heads", lambda *a: calls.append(1) or torch.tensor([[True, False]]))
+    strategy = CombinedStrategy(places=8, sparse_options=SPARSE)
+    tensors = random_qkv(LAYOUT)
+    for step in (0, 1):
+        for other in ({"branch": "cond"}, {"branch": "uncond"}, {"call_in_step": 1}):
+            strategy(*tensors, call(step_index=step, **other))
+    assert len(calls) == 3
+
+
+def test_a_new_video_resets_the_other_strategy():
+    sparse = SPARSE | {"refresh_every": 10}
+    strategy = CombinedStrategy(classes="sparse", sparse_options=sparse)
+    strategy(*random_qkv(LAYOUT), call(step_index=0))
+    strategy.start_video()
+    tensors = random_qkv(LAYOUT)
+    fresh = CombinedStrategy(classes="sparse", sparse_options=sparse)
+    assert torch.equal(strategy(*tensors, call(step_index=1)), fresh(*tensors, call(step_index=1)))
+
+
+def test_the_seed_reaches_the_tests_of_heads(monkeypatch):
+    seeds = []
+    original = module.pattern_heads
+    monkeypatch.setattr(module, "pattern_heads", lambda *a: seeds.append(a[3].seed) or original(*a))
+    CombinedStrategy(seed=5, places=8, sparse_options=SPARSE)(*random_qkv(LAYOUT), call())
+    assert seeds == [5]
+
+
 def test_second_video_behaves_like_the_first():
     tensors = random_qkv(LAYOUT, heads=4)
     strategy = CombinedStrategy(similarity=0.4, places=8, sparse_options=SPARSE, dense_timesteps=1)

@@ -28,6 +28,11 @@ class RandomBlocksStrategy(BlockSparseStrategy):
     name: ClassVar[str] = "random-blocks"
     Parameters: ClassVar[type[RandomBlocksParameters]] = RandomBlocksParameters
 
+    @property
+    def heads_alike(self) -> bool:
+        """False: what is drawn belongs to a place among the heads."""
+        return False
+
     def pattern(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> SparsePattern:
         length, size = query.shape[2], self.parameters.block_size
         rows = block_count(length, size)
