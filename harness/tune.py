@@ -245,7 +245,7 @@ def _verify(config: TuneConfig, model: LoadedModel, prompt: str, steps: list[int
     errors = [error for entry in probe.measurements() for error in entry.errors[0]]
     return {
         "prompt": prompt,
-        "density": round(probe.mean_density(), 4),
+        "density": round(probe.mean_densities()[0], 4),
         "mean_error": round(sum(errors) / len(errors), 5),
         "largest_error": round(max(errors), 5),
         "share_within_bound": round(sum(error <= config.max_error for error in errors) / len(errors), 4),

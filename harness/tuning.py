@@ -42,7 +42,7 @@ class ProbeStrategy(AttentionStrategy):
         self._candidates = candidates
         self._steps = steps
         self._measured: list[tuple[int, int, torch.Tensor]] = []
-        self._densities: list[float | torch.Tensor] = []
+        self._densities: list[list[float | torch.Tensor]] = [[] for _ in candidates]
         self.facts: dict[str, Any] = {}
 
     def attend(
@@ -52,10 +52,10 @@ class ProbeStrategy(AttentionStrategy):
         exact = dense_result(query, key, value)
         if context.step_index in self._steps:
             errors = []
-            for candidate in self._candidates:
+            for candidate, densities in zip(self._candidates, self._densities, strict=True):
                 result = candidate.attend(query, key, value, context)
                 errors.append(relative_l1(result.output, exact.output))
-                self._densities.append(result.density)
+                densities.append(result.density)
             self._measured.append((context.layer_index, context.step_index, torch.stack(errors)))
         self.facts = {
             "layout": context.layout,
@@ -69,10 +69,9 @@ class ProbeStrategy(AttentionStrategy):
         """Everything measured so far; synchronises with the device."""
         return [Measurement(layer, step, errors.tolist()) for layer, step, errors in self._measured]
 
-    def mean_density(self) -> float:
-        """Executed density of the candidates, mean over the measured calls."""
-        densities = [float(density) for density in self._densities]
-        return sum(densities) / len(densities)
+    def mean_densities(self) -> list[float]:
+        """Executed density of every candidate, mean over the measured calls."""
+        return [sum(map(float, densities)) / len(densities) for densities in self._densities]
 
 
 def relative_l1(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
