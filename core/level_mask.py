@@ -29,7 +29,7 @@ class LevelMask:
         key_length (int): key tokens.
 
     Raises:
-        LayoutError: shapes or dtypes do not fit together.
+        LayoutError: shapes, dtypes, block size or lengths do not fit together.
     """
 
     counts: torch.Tensor
@@ -40,6 +40,7 @@ class LevelMask:
 
     def __post_init__(self) -> None:
         check_tensors_given(counts=self.counts, indices=self.indices)
+        check_block_shape(self.block_size, self.query_length, self.key_length)
         for label, tensor in (("counts", self.counts), ("indices", self.indices)):
             if tensor.dtype != torch.int32 or tensor.dim() != 4:
                 raise LayoutError(
@@ -137,7 +138,8 @@ class LevelMask:
         """Executed share of the (query, key) pairs, a 0-d float64 tensor on the mask's device.
 
         A pooled key is one key, also the one that stands for fewer tokens at the end. Ragged last blocks
-        count with their valid tokens and pooled keys only; batches and heads weigh the same.
+        count with their valid tokens and pooled keys only; batches and heads weigh the same. Without a pair
+        it is 0.
         """
         rows = block_lengths(self.query_length, self.block_size[0], self.device).to(torch.float64)
         columns = block_lengths(self.key_length, self.block_size[1], self.device)
@@ -146,7 +148,7 @@ class LevelMask:
         for level in LEVELS:
             pooled = (columns + level - 1) // level
             areas += (levels == level).to(torch.float64) @ pooled.to(torch.float64)
-        return (areas @ rows).mean() / (self.query_length * self.key_length)
+        return (areas @ rows).mean() / max(1, self.query_length * self.key_length)
 
     def transposed_lists(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The query blocks that see each key block, level by level, without a synchronisation.

@@ -156,6 +156,7 @@ def distill(
     errors = []
     with _Trainable(transformer), apply_strategy(model.pipeline, strategy):
         for number, call in enumerate(islice(_batches(calls, settings), settings.updates), start=1):
+            strategy.reset()  # the call before may be of another video
             loss = _relative_error(_denoise(model, call), call.output)
             optimizer.zero_grad()
             loss.backward()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from core.argument_checks import check_tensors_given
+from core.argument_checks import check_alike, check_tensors_given, shapes_of
 from core.block_mask import block_count
 from core.errors import LayoutError, ParameterError
 from kernels_common.permutation import gather_tokens
@@ -216,9 +216,10 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 def _check(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> float:
     """The scale to use."""
     check_tensors_given(queries=query, keys=key)
-    shapes = f"{tuple(query.shape)} on {query.device} and {tuple(key.shape)} on {key.device}"
-    if not query.dim() == key.dim() == 4 or query.device != key.device or query.dtype != key.dtype:
-        raise LayoutError(f"queries and keys must be [B, H, N, D], alike in dtype and device; got {shapes}")
+    check_alike(queries=query, keys=key)
+    shapes = shapes_of(queries=query, keys=key)
+    if not query.dim() == key.dim() == 4:
+        raise LayoutError(f"queries and keys must be [B, H, N, D]; got {shapes}")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or not key.numel():
         raise LayoutError(f"queries and keys must share B and D and not be empty; got {shapes}")
     if query.shape[1] % key.shape[1]:

@@ -5,6 +5,7 @@ python -m plugins.gilbert_block.picture --locality
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def parse_box(text: str) -> Box:
         LayoutError: the text has another form, or a side is 0.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if not found or "0" in found.groups():
+    if not found or min(map(int, found.groups())) < 1:
         raise LayoutError(f"a box reads FRAMESxHEIGHTxWIDTH, in tokens, each at least 1; got {text!r}")
     return int(found[1]), int(found[2]), int(found[3])
 
@@ -92,7 +93,15 @@ def draw(box: Box, small: Box, block: int, path: Path) -> None:
         small (Box): those of the box whose curve is drawn.
         block (int): tokens of a block.
         path (Path): picture to write; its suffix decides the format.
+
+    Raises:
+        LayoutError: the large box holds no block.
+        OSError: the picture cannot be written.
+        ValueError: no format has the suffix.
     """
+    shown = min(SHOWN_BLOCKS, math.prod(box) // block)
+    if not shown:
+        raise LayoutError(f"a box of {math.prod(box)} tokens holds no block of {block}; take a larger one")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -104,10 +113,10 @@ def draw(box: Box, small: Box, block: int, path: Path) -> None:
     panels[0].set_title(f"the curve through {'x'.join(map(str, small))} tokens", fontsize=10)
     for axes, (name, order) in zip(panels[1:], (("row-major", row_major), ("curve", curve)), strict=True):
         cells = order(box)
-        _draw_blocks(axes, cells, block)
+        _draw_blocks(axes, cells, block, shown)
         radius = block_rms_radius(cells, block)
         axes.set_title(
-            f"{SHOWN_BLOCKS} blocks of {block} in {'x'.join(map(str, box))}, {name}: radius {radius:.2f}",
+            f"{shown} blocks of {block} in {'x'.join(map(str, box))}, {name}: radius {radius:.2f}",
             fontsize=10,
         )
     for axes in panels:
@@ -131,14 +140,14 @@ def _draw_path(axes: Any, cells: torch.Tensor) -> None:
     _set_aspect(axes, cells)
 
 
-def _draw_blocks(axes: Any, cells: torch.Tensor, block: int) -> None:
+def _draw_blocks(axes: Any, cells: torch.Tensor, block: int, shown: int) -> None:
     """Blocks spread evenly over the sequence, each in a colour of its own."""
     from matplotlib import colormaps
 
     extent = cells.amax(0) + 1
     last = len(cells) // block - 1
-    for number in range(SHOWN_BLOCKS):
-        start = round(number * last / max(1, SHOWN_BLOCKS - 1)) * block
+    for number in range(shown):
+        start = round(number * last / max(1, shown - 1)) * block
         x, y, z = cells[start : start + block].T.tolist()
         colour = colormaps["tab10"](number)
         axes.scatter(z, x, y, color=colour, s=9, marker="s", depthshade=False)
@@ -169,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         draw(parse_box(chosen.box), parse_box(chosen.small), chosen.block, chosen.output)
-    except LayoutError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:  # LayoutError is a ValueError
+        parser.exit(2, f"error: {error}\n")
     print(f"{chosen.output}: blocks of {chosen.block} tokens in {chosen.box}")
 
 

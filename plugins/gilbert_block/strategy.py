@@ -27,6 +27,21 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 Schedule = tuple[Share, Share]
 Bounds = tuple[Share, Share, Share, Share]
 DEFAULT_BOUNDS = {"rank": (0.05, 0.15, 0.25, 0.5), "mass": (0.5, 0.6, 0.7, 0.8)}
+# What each choice reads; the other parameters of its table stay at their defaults.
+READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "selection": {
+        "energy": ("tau", "min_ratio", "max_ratio"),
+        "topk": ("keep_ratio",),
+        "adaptive-topk": ("keep_ratio",),
+        "rank": ("bounds", "similarity_thresholds"),
+        "mass": ("bounds", "min_ratio", "similarity_thresholds"),
+    },
+    "importance": {"sum": ("samples", "seed"), "max": ("samples", "seed"), "mean": ()},
+    "projection": {
+        "none": (),
+        **dict.fromkeys(("optimal", "pca", "channels", "random"), ("directions",)),
+    },
+}
 
 
 class GilbertBlockParameters(BlockSparseParameters):
@@ -34,7 +49,8 @@ class GilbertBlockParameters(BlockSparseParameters):
 
     ``tau``, ``min_ratio``, ``max_ratio`` and ``keep_ratio`` are one number, or a pair: the values before the
     first and after the last denoising step, with a sigmoid in between. Blocks with text and those on the
-    diagonal are always kept, beside what these numbers say.
+    diagonal are always kept, beside what these numbers say. A parameter that the chosen ``selection``,
+    ``importance`` or ``projection`` does not read must have its default.
 
     Args:
         order (str): order of the tokens in blocks: ``"gilbert"``, along the space-filling curve, or
@@ -45,28 +61,29 @@ class GilbertBlockParameters(BlockSparseParameters):
             the importance, see ``bounds``. Default: ``"energy"``
         importance (str): ``"sum"`` or ``"max"`` of the attention weights between sampled tokens, or
             ``"mean"``, the weight between mean tokens. Default: ``"sum"``
-        samples (int): sampled tokens of a query block, a power of two; of a key block in proportion.
-            Default: 32
+        samples (int): ``"sum"`` and ``"max"``: sampled tokens of a query block, a power of two; of a key
+            block in proportion. Default: 32
         projection (str): dimensions that importance looks at: all (``"none"``), or the few that lose least
             of the scores (``"optimal"``), hold most of the keys (``"pca"``), are the largest channels
             (``"channels"``) or random ones (``"random"``). Default: ``"none"``
-        directions (int): number of dimensions that a projection leaves. Default: 16
-        tau (float): share of the importance that a row keeps, in (0, 1]. Default: 0.95
-        min_ratio (float): fewest key blocks of a row, as a share, in (0, 1]; with ``"mass"`` those of
-            level 1. Default: 0.05
-        max_ratio (float): most key blocks of a row, as a share, in (0, 1]. Default: 1.0
-        keep_ratio (float): key blocks that ``"topk"`` and ``"adaptive-topk"`` keep, as a share, in (0, 1].
-            Default: 0.2
+        directions (int): every projection but ``"none"``: dimensions that it leaves. Default: 16
+        tau (float): ``"energy"``: share of the importance that a row keeps, in (0, 1]. Default: 0.95
+        min_ratio (float): ``"energy"``: fewest key blocks of a row, as a share, in (0, 1]; ``"mass"``: fewest
+            of level 1. Default: 0.05
+        max_ratio (float): ``"energy"``: most key blocks of a row, as a share, in (0, 1]. Default: 1.0
+        keep_ratio (float): ``"topk"`` and ``"adaptive-topk"``: key blocks that are kept, as a share, in
+            (0, 1]. Default: 0.2
         bounds (tuple[float, float, float, float]): levels 1, 2, 4 and 8 (means of so many keys): the share of
             the key blocks (``"rank"``) or of the importance (``"mass"``) that is seen at the level or a
             finer one. Default: (0.05, 0.15, 0.25, 0.5) by rank, (0.5, 0.6, 0.7, 0.8) by mass
-        similarity_thresholds (tuple[float, float, float], Optional): mean cosines of neighbouring keys above
-            which a key block may be pooled by 2, 4 and 8. Default: any block may be
-        remainder (bool): blocks that would be left out are seen at level 8. Default: False
+        similarity_thresholds (tuple[float, float, float], Optional): ``"rank"`` and ``"mass"``: mean cosines
+            of neighbouring keys above which a key block may be pooled by 2, 4 and 8; not with ``remainder``.
+            Default: any block may be
+        remainder (bool): every selection: blocks that would be left out are seen at level 8. Default: False
         refresh_every (int): steps that use one selection, per layer. Default: 1
         block_size (int): tokens of a query block, 64 or 128. Default: 128
         key_block_size (int): tokens of a key block, 64 or 128. Default: 64
-        seed (int): seed of the samples. Default: 0
+        seed (int): ``"sum"`` and ``"max"``: seed of the samples. Default: 0
     """
 
     order: Literal["gilbert", "model"] = Field("gilbert", description="order of the tokens in blocks")
@@ -101,13 +118,29 @@ class GilbertBlockParameters(BlockSparseParameters):
         return (value, value) if isinstance(value, str | int | float) else value
 
     @model_validator(mode="after")
+    def _refuse_unread(self) -> "GilbertBlockParameters":
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        faults = [
+            _unread(name, chooser, chosen, defaults[name])
+            for chooser, chosen in ((chooser, getattr(self, chooser)) for chooser in READ_BY)
+            for name in sorted(set().union(*READ_BY[chooser].values()) - set(READ_BY[chooser][chosen]))
+            if getattr(self, name) != defaults[name]
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> "GilbertBlockParameters":
         if any(low > high for low, high in zip(self.min_ratio, self.max_ratio, strict=True)):
             raise ValueError(f"min_ratio {self.min_ratio} must not exceed max_ratio {self.max_ratio}")
         if self.samples > self.block_size:
             raise ValueError(f"samples must be at most block_size {self.block_size}, not {self.samples}")
-        if not self.by_level and (self.bounds is not None or self.similarity_thresholds is not None):
-            raise ValueError("bounds and similarity_thresholds belong to selection rank and mass")
+        if self.remainder and self.similarity_thresholds is not None:
+            raise ValueError(
+                "remainder pools blocks at level 8 that similarity_thresholds would keep from being pooled; "
+                "take one of them"
+            )
         if self.bounds is not None and list(self.bounds) != sorted(self.bounds):
             raise ValueError(f"bounds must not decrease, not {self.bounds}")
         if (self.by_level or self.remainder) and self.backend not in ("auto", *POOLED_BACKENDS):
@@ -120,6 +153,17 @@ class GilbertBlockParameters(BlockSparseParameters):
     def by_level(self) -> bool:
         """Whether the rule itself assigns pooling levels."""
         return self.selection in DEFAULT_BOUNDS
+
+
+def _unread(name: str, chooser: str, chosen: str, default: Any) -> str:
+    """One phrase: who would read the parameter, and what to do."""
+    readers = " or ".join(f"'{value}'" for value, read in READ_BY[chooser].items() if name in read)
+    plain = default[0] if isinstance(default, tuple) else default
+    written = "None (null on a command line)" if plain is None else repr(plain)
+    return (
+        f"{name} is read by {chooser} {readers}, not by '{chosen}'; take such a {chooser}, or leave it at "
+        f"its default {written}, to which a preset's value must be set back"
+    )
 
 
 class GilbertBlockPlan(NamedTuple):
@@ -167,7 +211,7 @@ class GilbertBlockStrategy(BlockSparseStrategy):
 
     def pattern(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> SparsePattern:
         """Blocks of this call: those of a recent step of the layer, or a new selection, without gradients."""
-        place = (context.layer_index, context.branch, query.shape, key.shape[1], query.device, context.layout)
+        place = (context.place, query.shape, key.shape[1], query.device, context.layout)
         known = self._selected.get(place)
         lasting = self.parameters.refresh_every
         if known is not None and 0 < context.step_index - known.step_index < lasting:

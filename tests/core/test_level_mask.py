@@ -93,6 +93,10 @@ def test_empty_rows_and_empty_masks():
     mask.check()
     assert mask.counts.shape == (1, 1, 2, 4)
     assert mask.density() == 0 and not mask.to_levels().any()
+    for lengths in ((100, 0), (0, 100)):
+        blocks = [block_count(length, 64) for length in lengths]
+        empty = LevelMask.from_levels(torch.zeros(blocks, dtype=torch.int8), (64, 64), *lengths)
+        assert empty.density() == 0
 
 
 def test_wrong_shapes_are_refused():
@@ -109,6 +113,9 @@ def test_wrong_shapes_are_refused():
         LevelMask(counts, counts, (64, 64), 150, 100)
     with pytest.raises(LayoutError, match="4 levels"):
         LevelMask(counts[..., :3], counts, (64, 64), 100, 100)
+    for block_size, length in (((64,), 100), (64, 100), ((64, 0), 100), ((64, 64), 100.0), ((64, 64), -1)):
+        with pytest.raises(LayoutError, match="expected the tokens of a"):
+            LevelMask(counts, counts, block_size, 100, length)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,17 @@ def test_the_denoiser_learns_and_the_error_falls(model):
     assert processors == {"CogVideoXAttnProcessor2_0"}
 
 
+def test_no_update_sees_the_selections_of_another(model, monkeypatch):
+    from plugins.gilbert_block import strategy as module
+
+    drawn = []
+    original = module.block_importance
+    monkeypatch.setattr(module, "block_importance", lambda *a, **o: drawn.append(1) or original(*a, **o))
+    calls = record_teacher(model, ["a red ball"], 0)
+    distill(model, strategy(refresh_every=9), calls, DistillSettings(6, 1e-4), lambda *_: None)
+    assert len(drawn) == 6 * len(model.pipeline.transformer.transformer_blocks)
+
+
 def test_training_needs_a_backward_pass(model):
     with pytest.raises(UnsupportedCallError, match="'tome' has no backward pass"):
         distill(model, create_strategy("tome"), [], DistillSettings(1, 1e-4), lambda *_: None)

@@ -175,5 +175,9 @@ def test_wrong_calls_are_refused(make_tokens, device):
         mean_pool_importance(query[:, :1], key)
     with pytest.raises(LayoutError, match="share B and D"):
         mean_pool_importance(query, key[..., :4])
+    with pytest.raises(LayoutError, match=r"queries torch.float32 on \w+.*, keys torch.float16 on"):
+        mean_pool_importance(query, key.half())
+    with pytest.raises(LayoutError, match=r"\[B, H, N, D\]; got queries \(.*\), keys \("):
+        mean_pool_importance(query, key[0])
     with pytest.raises(LayoutError, match="excluded"):
         mean_pool_importance(query, key, excluded=torch.zeros(8, dtype=torch.bool, device=device))

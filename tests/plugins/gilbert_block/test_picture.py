@@ -40,9 +40,35 @@ def test_picture_is_written(tmp_path, capsys):
     assert imread(path).std() > 10
 
 
-@pytest.mark.parametrize("text", ["13x30", "0x3x4", "13*30*45"])
-def test_wrong_boxes_are_refused(text, capsys):
-    with pytest.raises(SystemExit):
-        main(["--box", text])
-    assert "FRAMESxHEIGHTxWIDTH" in capsys.readouterr().err
+def test_a_small_box_shows_the_blocks_that_it_has(tmp_path, capsys):
+    path = tmp_path / "one.svg"
+    main(["--box", "1x8x10", "--small", "1x1x1", "--block", "64", "--output", str(path)])
+    assert "blocks of 64 tokens in 1x8x10" in capsys.readouterr().out
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--box", "13x30"], "FRAMESxHEIGHTxWIDTH"),
+        (["--box", "0x3x4"], "FRAMESxHEIGHTxWIDTH"),
+        (["--box", "00x4x9"], "each at least 1; got '00x4x9'"),
+        (["--box", "13*30*45"], "FRAMESxHEIGHTxWIDTH"),
+        (["--box", "1x1x1"], "a box of 1 tokens holds no block of 128"),
+        (["--output", "missing/dir/x.png"], "No such file or directory: 'missing/dir/x.png'"),
+        (["--output", "curve.none"], "'none' is not supported"),
+    ],
+    ids=str,
+)
+def test_wrong_calls_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--small", "1x2x2", *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_boxes_are_read():
     assert parse_box("13x30x45") == (13, 30, 45)

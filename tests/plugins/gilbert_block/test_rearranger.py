@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core import TokenLayout
+from core import LayoutError, ParameterError, TokenLayout
 from core.testing import dense_fp64
 from kernels_common.gilbert import block_rms_radius, gilbert_curve
 from plugins.gilbert_block.rearranger import GilbertRearranger, rearranged
@@ -44,3 +44,20 @@ def test_attention_does_not_depend_on_the_order():
     tensors = tuple(torch.randn(3, 2, 2, layout.sequence_length, 16).unbind(0))
     moved = dense_fp64(*rearranger.rearrange(tensors))
     assert (rearranger.restore(moved) - dense_fp64(*tensors)).abs().max() < 1e-12
+
+
+def test_wrong_calls_are_refused():
+    layout = TokenLayout(5, 3, 4, 7)
+    rearranger = GilbertRearranger(layout)
+    tokens = torch.zeros(1, 2, layout.sequence_length + 1, 16)
+    for move in (rearranger.rearrange, rearranger.restore):
+        for wrong in (tokens, tokens[:, :, :-2], (tokens[:, :, 1:], tokens)):
+            given = r"the layout has 5 text \+ 3x4x7 video = 89 tokens, but (90|88) tokens were given"
+            with pytest.raises(LayoutError, match=given):
+                move(wrong)
+        with pytest.raises(LayoutError, match="must be a tensor"):
+            move([tokens[:, :, 1:]])
+    with pytest.raises(LayoutError, match="layout must be a TokenLayout, got 89"):
+        GilbertRearranger(89)
+    with pytest.raises(ParameterError, match="device must be a torch.device or its name, got 0"):
+        GilbertRearranger(layout, 0)

@@ -14,7 +14,7 @@ from core.registry import installed
 from core.testing import StrategyConformance, dense_fp64, random_qkv
 from plugins.gilbert_block import reference
 from plugins.gilbert_block.presets import PRESETS
-from plugins.gilbert_block.strategy import GilbertBlockStrategy
+from plugins.gilbert_block.strategy import GilbertBlockParameters, GilbertBlockStrategy
 
 LAYOUT = TokenLayout(20, 5, 9, 14)
 TEXT_LAST = TokenLayout(70, 5, 11, 17, text_first=False)
@@ -171,13 +171,15 @@ def test_selections_are_kept_per_layer_and_dropped_with_the_video(refresh_every,
 
 
 def test_the_halves_of_guidance_have_selections_of_their_own():
+    """Step 1 of a half goes on with the blocks of its own step 0, whatever the other half chose."""
     strategy = GilbertBlockStrategy(**SMALL, tau=0.4, refresh_every=9)
-    masks = []
-    for branch in ("cond", "uncond"):
+    masks = {}
+    for step, branch in ((0, "cond"), (1, "uncond"), (1, "cond")):
         query, key, _ = random_qkv(LAYOUT)
-        pattern = strategy.pattern(query, key, AttentionContext(LAYOUT, branch=branch))
-        masks.append(pattern.mask.to_blocks())
-    assert not torch.equal(*masks)
+        pattern = strategy.pattern(query, key, AttentionContext(LAYOUT, step_index=step, branch=branch))
+        masks[step, branch] = pattern.mask.to_blocks()
+    assert torch.equal(masks[0, "cond"], masks[1, "cond"])
+    assert not torch.equal(masks[0, "cond"], masks[1, "uncond"])
 
 
 def test_density_falls_along_the_schedule():
@@ -221,6 +223,39 @@ def test_presets_are_registered_and_run(preset):
 
 
 @pytest.mark.parametrize(
+    "chosen, unread, reader, default",
+    [
+        ({}, {"keep_ratio": 0.1}, "selection 'topk' or 'adaptive-topk', not by 'energy'", "0.2"),
+        ({"selection": "topk"}, {"tau": 0.9}, "selection 'energy', not by 'topk'", "0.95"),
+        ({"selection": "adaptive-topk"}, {"max_ratio": 0.5}, "not by 'adaptive-topk'", "1.0"),
+        ({"selection": "rank"}, {"min_ratio": 0.1}, "'energy' or 'mass', not by 'rank'", "0.05"),
+        ({"selection": "rank"}, {"keep_ratio": 0.1}, "not by 'rank'", "0.2"),
+        ({"selection": "mass"}, {"max_ratio": 0.5}, "selection 'energy', not by 'mass'", "1.0"),
+        ({"selection": "topk"}, {"similarity_thresholds": (0, 0, 0)}, "'rank' or 'mass'", "None"),
+        ({"importance": "mean"}, {"samples": 8}, "importance 'sum' or 'max', not by 'mean'", "32"),
+        ({"importance": "mean"}, {"seed": 3}, "importance 'sum' or 'max', not by 'mean'", "0"),
+        ({}, {"directions": 32}, "projection 'optimal' or 'pca' or", "16"),
+    ],
+    ids=str,
+)
+def test_parameters_that_nothing_would_read_are_refused(chosen, unread, reader, default):
+    (name,) = unread
+    message = f"{name} is read by .*{reader}.* default {default}"
+    with pytest.raises(ParameterError, match=message):
+        GilbertBlockStrategy(**chosen, **unread)
+    fields = GilbertBlockParameters.model_fields
+    GilbertBlockStrategy(**chosen, **{name: fields[name].default})
+
+
+def test_a_preset_can_be_given_another_selection():
+    with pytest.raises(ParameterError, match=r"max_ratio is read .*min_ratio is read .*tau is read"):
+        create_strategy("gilbert-block", preset="cogvideox-2b", selection="topk")
+    back = {"tau": 0.95, "min_ratio": 0.05, "max_ratio": 1.0}
+    strategy = create_strategy("gilbert-block", preset="cogvideox-2b", selection="topk", **back)
+    assert strategy.parameters.selection == "topk" and strategy.parameters.samples == 8
+
+
+@pytest.mark.parametrize(
     "wrong, message",
     [
         ({"tau": 0}, "tau.0"),
@@ -229,7 +264,8 @@ def test_presets_are_registered_and_run(preset):
         ({"selection": "top"}, "selection: Input should be 'energy', 'topk'"),
         ({"samples": 12}, "samples"),
         ({"samples": 128, "block_size": 64}, "samples must be at most block_size 64"),
-        ({"bounds": (0.1, 0.2, 0.3, 0.4)}, "belong to selection rank and mass"),
+        ({"bounds": (0.1, 0.2, 0.3, 0.4)}, r"'rank' or 'mass', not by 'energy'.*default None \(null"),
+        ({"remainder": True, **LEVELS["rank"], "similarity_thresholds": (0, 0, 0)}, "remainder pools blocks"),
         ({"selection": "rank", "bounds": (0.3, 0.2, 0.3, 0.4)}, "bounds must not decrease"),
         ({"selection": "rank", "bounds": (0.1, 0.2)}, "bounds"),
         ({"remainder": True, "backend": "gluon"}, "backend 'gluon' has no pooled keys"),

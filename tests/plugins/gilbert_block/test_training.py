@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core import LayoutError, LevelMask, TokenLayout, apply_strategy
+from core import AttentionContext, LayoutError, LevelMask, ParameterError, TokenLayout, apply_strategy
 from core.testing import dense_fp64, random_qkv, tiny_call, tiny_transformer
 from plugins.gilbert_block import reference
 from plugins.gilbert_block.strategy import GilbertBlockStrategy
@@ -19,8 +19,6 @@ OPTIONS = [
 
 def reference_output(module, query, key, value):
     """Attention over the module's own pattern by definition, differentiable, fp64."""
-    from core import AttentionContext
-
     layout = module.layout or TokenLayout(0, 1, 1, query.shape[2])
     pattern = module.strategy.pattern(query, key, AttentionContext(layout))
     by_level = isinstance(pattern.mask, LevelMask)
@@ -62,10 +60,45 @@ def test_steps_draw_other_samples_and_the_record_stays_short():
     assert module.strategy.report().calls == 1
 
 
-def test_wrong_lengths_are_refused():
+@pytest.mark.parametrize("options", [{}, {"selection": "rank"}, {"order": "model"}], ids=str)
+def test_a_module_that_has_drawn_can_train(options):
+    """What it keeps from a call in inference mode has a place in a backward pass."""
+    module = AdaptiveBlockSparseAttnTrain(LAYOUT, **SMALL, **options)
+    tensors = random_qkv(LAYOUT)
+    with torch.inference_mode():
+        drawn = module(*tensors)
+    leaves = [part.clone().requires_grad_() for part in tensors]
+    output = module(*leaves)
+    assert torch.equal(output, drawn)
+    output.square().sum().backward()
+    assert all(part.grad.abs().max() > 0 for part in leaves)
+
+
+def test_layers_draw_other_samples():
+    tensors = random_qkv(LAYOUT)
+    options = SMALL | {"tau": 0.3}
+    outputs = [
+        AdaptiveBlockSparseAttnTrain(LAYOUT, layer_index=layer, **options)(*tensors) for layer in (0, 3)
+    ]
+    strategy = GilbertBlockStrategy(**options)
+    expected = [strategy(*tensors, AttentionContext(LAYOUT, layer_index=layer)) for layer in (0, 3)]
+    assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])
+    assert not torch.equal(*outputs)
+
+
+def test_wrong_calls_are_refused():
     module = AdaptiveBlockSparseAttnTrain(LAYOUT, **SMALL)
+    query, key, value = random_qkv(LAYOUT)
     with pytest.raises(LayoutError, match="20 text"):
-        module(*(part[:, :, 1:] for part in random_qkv(LAYOUT)))
+        module(*(part[:, :, 1:] for part in (query, key, value)))
+    with pytest.raises(LayoutError, match="query must be a tensor, got NoneType"):
+        AdaptiveBlockSparseAttnTrain()(None, key, value)
+    with pytest.raises(LayoutError, match=r"query \[B, H, L, D\], got query \(371, 64\)"):
+        AdaptiveBlockSparseAttnTrain()(query[0, 0], key, value)
+    with pytest.raises(LayoutError, match="must be a TokenLayout"):
+        AdaptiveBlockSparseAttnTrain(())(query, key, value)
+    with pytest.raises(ParameterError, match="another sample; leave refresh_every at 1, got 2"):
+        AdaptiveBlockSparseAttnTrain(refresh_every=2)
 
 
 def test_constant_queries_have_a_gradient_without_nan():
