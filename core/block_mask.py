@@ -47,6 +47,7 @@ class BlockSparseMask:
 
     def __post_init__(self) -> None:
         check_tensors_given(counts=self.counts, indices=self.indices)
+        check_block_shape(self.block_size, self.query_length, self.key_length)
         for label, tensor, dims in (("counts", self.counts, 3), ("indices", self.indices, 4)):
             if tensor.dtype != torch.int32 or tensor.dim() != dims:
                 raise LayoutError(
@@ -133,13 +134,14 @@ class BlockSparseMask:
     def density(self) -> torch.Tensor:
         """Executed share of the (query, key) pairs, a 0-d float64 tensor on the mask's device.
 
-        Ragged last blocks count with their valid tokens only; batches and heads weigh the same.
+        Ragged last blocks count with their valid tokens only; batches and heads weigh the same. Without a
+        pair it is 0.
         """
         rows = block_lengths(self.query_length, self.block_size[0], self.device)
         columns = block_lengths(self.key_length, self.block_size[1], self.device)
         areas = self.to_blocks().to(torch.float64) @ columns.to(torch.float64)  # [B, H, Mq]
         kept = (areas @ rows.to(torch.float64)).mean()
-        return kept / (self.query_length * self.key_length)
+        return kept / max(1, self.query_length * self.key_length)
 
     def transposed(self) -> "BlockSparseMask":
         """The mask with queries and keys exchanged: of every key block, the query blocks that keep it.

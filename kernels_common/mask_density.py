@@ -16,7 +16,7 @@ def mask_density(mask: BlockSparseMask | LevelMask) -> torch.Tensor:
     Returns:
         Tensor: 0-d fp64 on the mask's device, read without a synchronisation.
     """
-    if not runs_triton(mask.counts):
+    if not runs_triton(mask.counts) or not mask.query_length * mask.key_length:
         return mask.density()
     from kernels_common.mask_density_triton import mask_density_triton
 

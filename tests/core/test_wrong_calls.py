@@ -71,6 +71,17 @@ CALLS = {
     ),
     "blocks of words": (lambda: BlockSparseMask.full(("a", "b"), 128, 128), LayoutError, r"got \('a', 'b'\)"),
     "one block size": (lambda: BlockSparseMask.full(64, 128, 128), LayoutError, "got 64 and"),
+    "mask of half tokens": (
+        lambda: BlockSparseMask(
+            torch.ones(1, 1, 1, dtype=torch.int32),
+            torch.zeros(1, 1, 1, 1, dtype=torch.int32),
+            (64, 0),
+            64,
+            64,
+        ),
+        LayoutError,
+        r"got \(64, 0\)",
+    ),
     "mask of lists": (lambda: BlockSparseMask([1], [1], (64, 64), 64, 64), LayoutError, "counts must be"),
     "no flex mask": (lambda: BlockSparseMask.from_flex(None), LayoutError, "expected a BlockMask"),
     "levels in a list": (

@@ -34,6 +34,11 @@ def test_a_block_mask_counts_its_pairs(generator, device, shape):
     assert density.item() == pytest.approx(expected, rel=1e-14)
 
 
+@pytest.mark.parametrize("lengths", [(0, 65), (65, 0)], ids=str)
+def test_without_a_pair_it_is_zero(lengths, device):
+    assert mask_density.mask_density(BlockSparseMask.full((64, 64), *lengths, device)).item() == 0
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_level_mask_counts_its_pooled_pairs(generator, device, shape):
     (rows, columns), queries, keys = shape
