@@ -95,7 +95,7 @@ def _provenance(run: dict[str, Any], facts: dict[str, Any]) -> str:
         f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "
         f"on {facts.get('inputs', 'random')} inputs, prediction and reordering included; what depends on the "
         "shape alone (masks) is planned before. The largest error is against float64 attention over the "
-        "same mask, checked first."
+        "same mask, checked first; strategies without one mask for the call have none."
     )
 
 
