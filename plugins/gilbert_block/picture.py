@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from core.errors import LayoutError
+from core.errors import LayoutError, SparseAttnError
 from kernels_common.gilbert import block_rms_radius, gilbert_curve, mean_step
 
 BOXES = (
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         draw(parse_box(chosen.box), parse_box(chosen.small), chosen.block, chosen.output)
-    except (OSError, ValueError) as error:  # LayoutError is a ValueError
+    except (SparseAttnError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{chosen.output}: blocks of {chosen.block} tokens in {chosen.box}")
 

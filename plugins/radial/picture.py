@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core.errors import LayoutError, ParameterError
+from core.errors import LayoutError, SparseAttnError
 from core.layout import TokenLayout
 from core.registry import installed
 from kernels_common.strategy import BlockSparseParameters
@@ -227,6 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         layout, parameters = parse_layout(chosen.layout), parameters_of(chosen)
         executed = draw(layout, parameters, chosen.output)
-    except (LayoutError, ParameterError, KeyError, json.JSONDecodeError) as error:
-        parser.error(str(error))
+    except (SparseAttnError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(f"{chosen.output}: {layout.describe()}, executed density {executed:.3f}")

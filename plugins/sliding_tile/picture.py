@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from core.block_mask import block_lengths
-from core.errors import LayoutError, ParameterError, StrategyNotFoundError
+from core.errors import LayoutError, SparseAttnError
 from core.layout import TokenLayout
 from core.registry import installed
 from plugins.sliding_tile.mask import allowed_density, executed_density, visible_tiles, window_blocks
@@ -290,8 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         layout, parameters = parse_layout(chosen.layout), parameters_of(chosen)
         executed = draw(layout, parameters, chosen.head, chosen.output)
-    except (LayoutError, ParameterError, StrategyNotFoundError) as error:
-        parser.error(str(error))
+    except (SparseAttnError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(f"{chosen.output}: {layout.describe()}, executed density {executed:.3f}")
 
 

@@ -61,9 +61,18 @@ def test_preset_of_the_picture(tmp_path, capsys):
     "wrong", [["--decay-factor=-1"], ["--layout=13x30"], ["--scene-boundaries=0,"], ["--preset=none"]]
 )
 def test_wrong_options_end_with_a_message(wrong, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main(["--output", str(tmp_path / "mask.png"), *wrong])
-    assert "error:" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["missing/mask.png", "picture.nothing"])
+def test_a_picture_that_cannot_be_written_is_a_message(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path / name)])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,18 @@ def test_window_in_a_frame():
     "wrong", [["--window=2x3x1"], ["--layout=13x30"], ["--tile=4x4"], ["--preset=none"], ["--density=0.001"]]
 )
 def test_wrong_options_end_with_a_message(wrong, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main(["--output", str(tmp_path / "pattern.png"), *wrong])
-    assert "error:" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["missing/pattern.png", "picture.nothing"])
+def test_a_picture_that_cannot_be_written_is_a_message(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path / name)])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_layout_notation():
