@@ -1,9 +1,10 @@
 """StrategyParameters: typed, validated parameters of a strategy."""
 
 import difflib
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import ParameterError
 
@@ -14,6 +15,10 @@ class StrategyParameters(BaseModel):
     Declare a field with ``pydantic.Field``: default, range (``ge``, ``le``, ``gt``, ``lt``) and a
     description that names the unit. Text such as ``"0.5"`` or ``"true"`` is converted, so that the
     command line and Python take the same values.
+
+    Where one parameter chooses a variant, ``read_by`` says which others each of its values reads, as
+    ``{"variant": {"a": ("width",), "b": ()}}``: a parameter named there must keep its default under the
+    values that do not read it, so that none is silently ignored.
 
     Args:
         dense_layers (int): the first layers of the model that stay dense. Default: 0
@@ -26,6 +31,8 @@ class StrategyParameters(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True
     )
+
+    read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {}
 
     dense_layers: int = Field(0, ge=0, description="first layers that stay dense")
     dense_timesteps: int = Field(0, ge=0, description="first denoising steps that stay dense")
@@ -44,6 +51,30 @@ class StrategyParameters(BaseModel):
         except ValidationError as error:
             faults = "; ".join(cls._describe_fault(fault) for fault in error.errors())
             raise ParameterError(f"strategy '{owner}': {faults}") from None
+
+    @model_validator(mode="after")
+    def _refuse_unread(self) -> Self:
+        faults = [
+            fault
+            for chooser, readers in self.read_by.items()
+            for name in sorted(set().union(*readers.values()))
+            if (fault := self._unread(name, chooser, readers))
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _unread(self, name: str, chooser: str, readers: Mapping[str, Collection[str]]) -> str | None:
+        """What to do about a parameter that the present variant does not read; None if all is well."""
+        chosen, default = getattr(self, chooser), type(self).model_fields[name].default
+        if name in readers[chosen] or getattr(self, name) == default:
+            return None
+        able = " or ".join(f"'{value}'" for value, read in readers.items() if name in read)
+        written = "None (null on a command line)" if default is None else f"{default!r}"
+        return (
+            f"{name} is read by {chooser} {able}, not by '{chosen}'; take such a {chooser}, or leave {name} "
+            f"at its default {written}, to which a preset's value must be set back"
+        )
 
     @classmethod
     def _describe_fault(cls, fault: Any) -> str:

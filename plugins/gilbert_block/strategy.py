@@ -1,6 +1,6 @@
 """GilbertBlockStrategy: curve, importance, selection; differentiable."""
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -27,21 +27,6 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 Schedule = tuple[Share, Share]
 Bounds = tuple[Share, Share, Share, Share]
 DEFAULT_BOUNDS = {"rank": (0.05, 0.15, 0.25, 0.5), "mass": (0.5, 0.6, 0.7, 0.8)}
-# What each choice reads; the other parameters of its table stay at their defaults.
-READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    "selection": {
-        "energy": ("tau", "min_ratio", "max_ratio"),
-        "topk": ("keep_ratio",),
-        "adaptive-topk": ("keep_ratio",),
-        "rank": ("bounds", "similarity_thresholds"),
-        "mass": ("bounds", "min_ratio", "similarity_thresholds"),
-    },
-    "importance": {"sum": ("samples", "seed"), "max": ("samples", "seed"), "mean": ()},
-    "projection": {
-        "none": (),
-        **dict.fromkeys(("optimal", "pca", "channels", "random"), ("directions",)),
-    },
-}
 
 
 class GilbertBlockParameters(BlockSparseParameters):
@@ -86,6 +71,21 @@ class GilbertBlockParameters(BlockSparseParameters):
         seed (int): ``"sum"`` and ``"max"``: seed of the samples. Default: 0
     """
 
+    read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {
+        "selection": {
+            "energy": ("tau", "min_ratio", "max_ratio"),
+            "topk": ("keep_ratio",),
+            "adaptive-topk": ("keep_ratio",),
+            "rank": ("bounds", "similarity_thresholds"),
+            "mass": ("bounds", "min_ratio", "similarity_thresholds"),
+        },
+        "importance": {"sum": ("samples", "seed"), "max": ("samples", "seed"), "mean": ()},
+        "projection": {
+            "none": (),
+            **dict.fromkeys(("optimal", "pca", "channels", "random"), ("directions",)),
+        },
+    }
+
     order: Literal["gilbert", "model"] = Field("gilbert", description="order of the tokens in blocks")
     selection: Literal["energy", "topk", "adaptive-topk", "rank", "mass"] = Field(
         "energy", description="rule by which blocks are chosen"
@@ -118,19 +118,6 @@ class GilbertBlockParameters(BlockSparseParameters):
         return (value, value) if isinstance(value, str | int | float) else value
 
     @model_validator(mode="after")
-    def _refuse_unread(self) -> "GilbertBlockParameters":
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        faults = [
-            _unread(name, chooser, chosen, defaults[name])
-            for chooser, chosen in ((chooser, getattr(self, chooser)) for chooser in READ_BY)
-            for name in sorted(set().union(*READ_BY[chooser].values()) - set(READ_BY[chooser][chosen]))
-            if getattr(self, name) != defaults[name]
-        ]
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-    @model_validator(mode="after")
     def _check(self) -> "GilbertBlockParameters":
         if any(low > high for low, high in zip(self.min_ratio, self.max_ratio, strict=True)):
             raise ValueError(f"min_ratio {self.min_ratio} must not exceed max_ratio {self.max_ratio}")
@@ -153,17 +140,6 @@ class GilbertBlockParameters(BlockSparseParameters):
     def by_level(self) -> bool:
         """Whether the rule itself assigns pooling levels."""
         return self.selection in DEFAULT_BOUNDS
-
-
-def _unread(name: str, chooser: str, chosen: str, default: Any) -> str:
-    """One phrase: who would read the parameter, and what to do."""
-    readers = " or ".join(f"'{value}'" for value, read in READ_BY[chooser].items() if name in read)
-    plain = default[0] if isinstance(default, tuple) else default
-    written = "None (null on a command line)" if plain is None else repr(plain)
-    return (
-        f"{name} is read by {chooser} {readers}, not by '{chosen}'; take such a {chooser}, or leave it at "
-        f"its default {written}, to which a preset's value must be set back"
-    )
 
 
 class GilbertBlockPlan(NamedTuple):

@@ -61,6 +61,26 @@ def test_wrong_parameters(wrong, message):
         Half(**wrong)
 
 
+class VariantParameters(StrategyParameters):
+    read_by: ClassVar[dict] = {"kind": {"wide": ("width",), "both": ("width", "depth"), "none": ()}}
+
+    kind: Literal["wide", "both", "none"] = "wide"
+    width: int = 2
+    depth: int | None = None
+
+
+def test_parameters_that_the_variant_would_ignore_are_refused():
+    for given in ({"width": 5}, {"kind": "both", "width": 5, "depth": 1}, {"kind": "none", "width": 2}):
+        assert VariantParameters.build("v", given).model_fields_set == given.keys()
+    for given, message in (
+        ({"depth": 1}, "depth is read by kind 'both', not by 'wide'; .* default None"),
+        ({"kind": "none", "width": 3}, "width is read by kind 'wide' or 'both', not by 'none'; .* default 2"),
+        ({"kind": "none", "width": 3, "depth": 1}, "depth is read .*; width is read"),
+    ):
+        with pytest.raises(ParameterError, match=f"strategy 'v': parameters: {message}"):
+            VariantParameters.build("v", given)
+
+
 def test_text_parameters_are_converted():
     assert Half(share="0.25", dense_layers="2").parameters == HalfParameters(share=0.25, dense_layers=2)
 
