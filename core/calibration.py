@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from core.model_file import ModelFile
 
@@ -39,8 +39,8 @@ class Calibration(ModelFile):
     version: Literal[1] = 1
     strategy: str
     parameters: dict[str, Any]
-    values: dict[str, list[list[float]]] = Field(min_length=1)
-    errors: list[list[float]] | None = None
+    values: dict[str, list[list[FiniteFloat]]] = Field(min_length=1)
+    errors: list[list[FiniteFloat]] | None = None
     max_error: float | None = None
     held_out: dict[str, Any] = Field(default_factory=dict)
     steps: list[int] = Field(default_factory=list)

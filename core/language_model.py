@@ -1,6 +1,8 @@
 """Strategies in causal language models, through the attention interface of transformers."""
 
 import itertools
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +15,26 @@ from core.registry import create_strategy
 from core.strategy import AttentionStrategy
 
 _NUMBERS = itertools.count()
+# What transformers hands on to the attention of every layer without meaning it.
+_MEANINGLESS = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+    }
+)
 
 
 class LanguageModelRun:
     """A strategy installed in a language model; made by `apply_to_language_model`.
 
     Usable as a context manager (removes the strategy at exit) or through `remove`.
+
+    Raises:
+        InstallError: the model has an attention that cannot be replaced.
     """
 
     def __init__(self, model: Any, strategy: AttentionStrategy) -> None:
@@ -28,12 +44,20 @@ class LanguageModelRun:
         self.strategy = strategy
         self._model = model
         self._layers = model.config.get_text_config().num_hidden_layers
+        self._latest_layer: int | None = None
+        self._installed = True
         self._original = model.config._attn_implementation
-        self._name = f"sparse_attn_{next(_NUMBERS)}"
-        AttentionInterface.register(self._name, self._attend)
-        AttentionMaskInterface.register(self._name, sdpa_mask)
+        name = f"sparse_attn_{next(_NUMBERS)}"
+        AttentionInterface.register(name, _weak_call(self))
+        AttentionMaskInterface.register(name, sdpa_mask)
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            model.set_attn_implementation(self._original)  # models inside may have taken it
+            raise InstallError(_no_interface(model))
+        self._reached = False
+        # A function and no bound method, so that copies of the model share this run instead of copying it.
+        self._hook = model.register_forward_hook(lambda *_: self._check_reached())
         strategy.installed = True
-        model.set_attn_implementation(self._name)
 
     def __enter__(self) -> "LanguageModelRun":
         return self
@@ -43,14 +67,19 @@ class LanguageModelRun:
 
     def remove(self) -> None:
         """Restore the model's own attention. Safe to call twice."""
-        if self.strategy.installed:
+        if self._installed:
+            self._hook.remove()
             self._model.set_attn_implementation(self._original)
-            self.strategy.installed = False
+            self._installed = self.strategy.installed = False
 
     def report(self) -> ExecutionReport:
         """What was executed for the latest prompt; see ExecutionReport."""
         self.strategy.verify_outputs()
         return self.strategy.report()
+
+    def _check_reached(self) -> None:
+        if not self._reached:
+            raise InstallError(_no_interface(self._model))
 
     def _attend(
         self,
@@ -61,6 +90,8 @@ class LanguageModelRun:
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """The prompt goes through the strategy; a single query has nothing to leave out and is exact.
@@ -76,22 +107,30 @@ class LanguageModelRun:
             value (Tensor): ``[B, Hkv, Nk, D]``.
             attention_mask (Tensor, Optional): must be None unless one query is given.
             scaling (float, Optional): factor on the scores; ``1 / sqrt(D)`` for a prompt.
-            dropout (float): must be 0.
+            dropout (float): must be 0 for a prompt.
+            is_causal (bool, Optional): must be True for a prompt. Default: the module's, or True
+            sliding_window (int, Optional): keys that a query sees; for a prompt at least Nq. A single query
+                has it in its mask.
+            **options: refused by name unless they change no attention, or are None or False.
 
         Returns:
             tuple[Tensor, None]: output ``[B, Nq, Hq, D]``, and no weights.
         """
+        self._reached = True
+        _check_options(options)
         if query.shape[2] == 1:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout
             )
-        self._check_prompt(query, key, attention_mask, scaling, dropout)
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        _check_prompt(module, query, key, attention_mask, scaling, dropout, causal, sliding_window)
         key, value = (part[:, :, : query.shape[2]] for part in (key, value))
-        if module.layer_idx == 0:
+        if self._latest_layer is None or module.layer_idx <= self._latest_layer:
             self.strategy.verify_outputs()
             self.strategy.start_video()
+        self._latest_layer = module.layer_idx
         context = AttentionContext(
             TokenLayout(text_length=0, frames=1, height=1, width=query.shape[2]),
             layer_index=module.layer_idx,
@@ -100,38 +139,83 @@ class LanguageModelRun:
         )
         return self.strategy(query, key, value, context).transpose(1, 2), None
 
-    def _check_prompt(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float | None,
-        dropout: float,
-    ) -> None:
-        checks = (
-            (
-                mask is None,
-                f"a token mask ({query.shape[2]} queries for {key.shape[2]} keys): padding, packed "
-                "sequences, a sliding window, or a prompt in parts; pass whole prompts of equal length",
-            ),
-            (
-                scaling is None or abs(scaling * query.shape[3] ** 0.5 - 1) < 1e-6,
-                f"scaling {scaling}, expected 1 / sqrt({query.shape[3]})",
-            ),
-            (dropout == 0.0, f"dropout {dropout}; call model.eval()"),
-        )
-        for supported, what in checks:
-            if not supported:
-                raise UnsupportedCallError(f"a strategy in a language model does not support {what}")
+
+def _weak_call(run: LanguageModelRun) -> Callable[..., Any]:
+    """The run's attention for a registry that forgets nothing, without the run and the model behind it."""
+    reference = weakref.ref(run)
+
+    def attend(*args: Any, **options: Any) -> Any:
+        run = reference()
+        assert run is not None, "the hook on the model keeps it"
+        return run._attend(*args, **options)
+
+    return attend
+
+
+def _no_interface(model: Any) -> str:
+    return (
+        f"{type(model).__name__} does not attend through the AttentionInterface of transformers, so a "
+        "strategy cannot serve it; models like Llama, Mistral, Qwen and GPT-2 do"
+    )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, option in options.items():
+        if name not in _MEANINGLESS and option is not None and option is not False:
+            raise UnsupportedCallError(
+                f"a strategy in a language model does not support the attention option {name}; use a model "
+                "or a call without it"
+            )
+
+
+def _check_prompt(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+    sliding_window: int | None,
+) -> None:
+    length = query.shape[2]
+    checks = (
+        (
+            mask is None,
+            f"a token mask ({length} queries for {key.shape[2]} keys): padding, packed sequences, a sliding "
+            "window, or a prompt in parts; pass whole prompts of equal length",
+        ),
+        (causal, f"attention to later tokens ({type(module).__name__}); use a causal model"),
+        (
+            sliding_window is None or sliding_window >= length,
+            f"a sliding window ({sliding_window} keys for {length} queries); pass shorter prompts",
+        ),
+        (
+            scaling is None or abs(scaling * query.shape[3] ** 0.5 - 1) < 1e-6,
+            f"scaling {scaling}, expected 1 / sqrt({query.shape[3]})",
+        ),
+        (dropout == 0.0, f"dropout {dropout}; call model.eval()"),
+        (
+            getattr(module, "layer_idx", None) is not None,
+            f"{type(module).__name__}, which has no layer_idx; use a causal language model",
+        ),
+    )
+    for supported, what in checks:
+        if not supported:
+            raise UnsupportedCallError(f"a strategy in a language model does not support {what}")
 
 
 def apply_to_language_model(
     model: Any, strategy: str | AttentionStrategy, *, preset: str | None = None, **parameters: Any
 ) -> LanguageModelRun:
-    """Install a strategy into a decoder of transformers (Llama and its relatives).
+    """Install a strategy into a decoder of transformers (Llama, Mistral, Qwen, GPT-2 and their relatives).
 
     Prompts are attended sparsely and causally; the tokens that are generated after them attend to all of the
-    cache, exactly.
+    cache, exactly. Which models work is seen from their attention: it goes through the AttentionInterface of
+    transformers, is causal, scales its scores by ``1 / sqrt(D)`` and adds nothing to them. A model that does
+    not go through the interface (Bloom, GPT-J, Falcon) is refused here or after its first forward pass;
+    attention to later tokens (BERT), other scales (OPT, Granite), soft caps (Gemma 2), sinks (GPT-OSS), and
+    windows shorter than the prompt are refused in the first call that has them.
 
     Args:
         model (PreTrainedModel): a causal language model of transformers.
@@ -144,7 +228,8 @@ def apply_to_language_model(
         LanguageModelRun: handle; installed at once, removed by ``remove()`` or at the end of a with-block.
 
     Raises:
-        InstallError: the strategy is not causal or in use, or this is no model of transformers.
+        InstallError: the strategy is not causal or in use, or this is no model of transformers whose
+            attention can be replaced.
         StrategyNotFoundError: no such strategy or preset.
         ParameterError: a parameter is unknown or out of range.
     """

@@ -1,4 +1,4 @@
-"""ModelFile: what was measured on one model, as a checked JSON file that no other model may use."""
+"""ModelFile: what was measured on one model, as a checked JSON file for models of the same shape."""
 
 import json
 import re
@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from core.context import AttentionContext
-from core.errors import ParameterError
+from core.errors import LayoutError, ParameterError
 from core.layout import TokenLayout
 
 
 class ModelFile(BaseModel):
     """Base of the files that commands write for a model.
 
+    A model is told from others by its layers, heads, head dimension and layout: ``model`` is for messages
+    and not compared, since one model has many names (a hub's, folders, none at all).
+
     Args:
-        model (str): model that was measured.
+        model (str): name of the model that was measured.
         layout (dict, Optional): fields of its `TokenLayout`; None where it is not known.
         head_dim (int, Optional): head dimension; None where it is not known.
         prompts (list[str]): prompts that were measured.
@@ -32,9 +35,19 @@ class ModelFile(BaseModel):
 
     model: str
     layout: dict[str, Any] | None = None
-    head_dim: int | None = None
+    head_dim: int | None = Field(default=None, ge=1)
     prompts: list[str] = Field(default_factory=list)
     made: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("layout")
+    @classmethod
+    def _check_layout(cls, layout: dict[str, Any] | None) -> dict[str, Any] | None:
+        if layout is not None:
+            try:
+                TokenLayout(**layout)
+            except (TypeError, LayoutError) as error:
+                raise ValueError(f"not the fields of a TokenLayout: {error}") from None
+        return layout
 
     @property
     @abstractmethod
@@ -57,7 +70,8 @@ class ModelFile(BaseModel):
         except ValidationError as error:
             fault = error.errors()[0]
             place = ".".join(str(part) for part in fault["loc"])
-            raise ParameterError(f"{path} is not {cls.noun}: {place or 'file'}: {fault['msg']}") from None
+            reason = fault["msg"].removeprefix("Value error, ")
+            raise ParameterError(f"{path} is not {cls.noun}: {place or 'file'}: {reason}") from None
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all; each row of numbers on one line."""
@@ -70,7 +84,7 @@ class ModelFile(BaseModel):
         """Refuse a model of other layers or heads; ``num_heads`` is None where it is not known.
 
         Raises:
-            ParameterError: the file is of another model.
+            ParameterError: they are not those of the file.
         """
         layers, heads = self.size
         if (num_layers, heads if num_heads is None else num_heads) != (layers, heads):
@@ -82,7 +96,7 @@ class ModelFile(BaseModel):
             )
 
     def check_call(self, query: torch.Tensor, context: AttentionContext) -> None:
-        """Refuse a call of another model or shape.
+        """Refuse a call of another shape.
 
         Args:
             query (Tensor): ``[B, H, N, D]``.

@@ -25,6 +25,7 @@ from harness.run_folder import check_writable, locked, utc_now
 from harness.tuning import Measurement, ProbeStrategy, choose_values, sampled_steps
 
 SEED = 0
+OTHER_RULES = ("calibration", "density")  # what would stand in the place of the searched parameter
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def parse_arguments(arguments: list[str]) -> TuneConfig:
         raise BenchError(
             f"--knob of strategy '{spec.name}' must be one of {', '.join(tunable)}, got '{knob}'"
         )
-    if given := sorted(tunable.keys() & spec.overrides.keys()):
+    if given := sorted({*tunable, *OTHER_RULES} & _set_parameters(spec)):
         raise BenchError(f"--strategy sets {', '.join(given)}, which is what is searched; leave it out")
     model = read_model_options(options)
     return TuneConfig(
@@ -152,6 +153,12 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
     return calibration
 
 
+def _set_parameters(spec: StrategySpec) -> set[str]:
+    """Parameters that the spec sets, itself or by its preset."""
+    preset = installed().preset(spec.name, spec.preset).parameters if spec.preset else {}
+    return {*preset, *spec.overrides}
+
+
 def _output_held(output: Path) -> contextlib.AbstractContextManager[None]:
     """Two calls at once would mix their measurements in one progress file."""
     check_writable(output)
@@ -163,13 +170,13 @@ def _fixed_parameters(config: TuneConfig) -> dict[str, Any]:
     from core.parameters import StrategyParameters
 
     tunable = installed().strategy(config.spec.name).tunable
-    left_out = {*StrategyParameters.model_fields, *tunable, "calibration", "density", "backend"}
+    left_out = {*StrategyParameters.model_fields, *tunable, *OTHER_RULES, "backend"}
     return {name: value for name, value in config.spec.parameters.items() if name not in left_out}
 
 
 def _candidate(config: TuneConfig, **choice: Any) -> AttentionStrategy:
-    fixed = _fixed_parameters(config)
-    return create_strategy(config.spec.name, **fixed, **choice)
+    own = {name: value for name, value in config.spec.parameters.items() if name == "backend"}
+    return create_strategy(config.spec.name, **own, **_fixed_parameters(config), **choice)
 
 
 def _measure_all(
@@ -181,6 +188,7 @@ def _measure_all(
         "strategy": config.spec.name,
         "knob": config.knob,
         "parameters": _fixed_parameters(config),
+        "backend": config.spec.parameters.get("backend"),
         "values": list(values),
         "model": model.name,
         "settings": asdict(model.settings),

@@ -144,9 +144,9 @@ def attend_blocks(
     """:func:`block_sparse_attention` with everything that is known about the call.
 
     Args:
-        skip_threshold (Tensor, Optional): ``[Hq]`` fp32, >= 0, in log2 units: a tile of at most 128 x 128
-            tokens is left out of output and log-sum-exp if each of its rows has its largest score that far or
-            further below the largest of the tiles before it (second stage of SpargeAttn, arXiv 2502.18137).
+        skip_threshold (Tensor, Optional): ``[Hq]`` fp32, >= 0, in log2 units: a tile of at most 64 queries x
+            128 keys is left out of output and log-sum-exp if each of its rows has its largest score that far
+            or further below the largest of the tiles before it (SpargeAttn, arXiv 2502.18137, second stage).
             Default: none is left out
 
     The other arguments and the errors are those of :func:`block_sparse_attention`.

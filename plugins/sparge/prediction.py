@@ -8,11 +8,11 @@ from core.block_mask import BlockSparseMask, block_count
 from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
 from core.notices import warn_once
-from kernels_common.block_importance import mean_pool_importance
 from kernels_common.block_statistics import block_means, token_mean
 from kernels_common.mask_density import mask_density
 from kernels_common.score_projection import Projection, reduce_tokens
 from kernels_common.selection import lists_from_blocks, select_mass, select_top_k
+from kernels_common.tensor_checks import resolve_scale
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def predict_mask(
             query head. Default: every block is taken as alike
         scale (float, Optional): factor on the scores. Default: ``1 / sqrt(D)``
         forced (Tensor, Optional): blocks kept in any case, bool, broadcastable to ``[B, Hq, Mq, Mk]``.
-            Forced and unlike blocks are not counted in ``top_k`` and ``cdf``. Default: none
+            Forced and unlike blocks take no part in the softmax, and are not counted in ``top_k`` and
+            ``cdf``. Default: none
         causal (bool): no query sees a later key (Nq = Nk): blocks behind a row are left out, and those that
             hold tokens of the row itself are kept; neither is counted. Default: False
         order (Tensor, Optional): ``[N]`` int32 or int64, tokens in blocks, not in causal calls; Nq = Nk.
@@ -67,6 +68,7 @@ def predict_mask(
 
     Raises:
         UnsupportedCallError: a projection, which depends on all tokens, in a causal call.
+        ParameterError: ``scale`` is not positive and finite.
     """
     if causal and projection != "none":
         raise UnsupportedCallError(
@@ -74,7 +76,7 @@ def predict_mask(
             "leave projection at 'none'"
         )
     queries, keys = query.shape[2], key.shape[2]
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    scale = resolve_scale(scale, query.shape[3])
     query_blocks = block_means(query, block_size[0], order=order)
     # The softmax over blocks is blind to a shared offset; self-similarity is not. A causal row must not
     # depend on later keys, and their mean does.
@@ -86,23 +88,27 @@ def predict_mask(
     lengths = (block_size, queries, keys)
     if not causal:
         means = reduce_tokens(query_blocks.mean, key_blocks.mean, projection, directions)
-        importance = mean_pool_importance(*means, scale=scale)
-        return _select(importance, lengths, top_k, cdf, forced)
+        return _select(_importance(*means, scale, forced), lengths, top_k, cdf, forced)
     visible, own = causal_blocks(queries, block_size, query.device)
-    importance = _past_importance(query_blocks.mean, key_blocks.mean, visible & ~own, scale)
-    mask = _select(importance, lengths, top_k, cdf, own if forced is None else own | forced)
+    forced = own if forced is None else own | forced
+    importance = _importance(query_blocks.mean, key_blocks.mean, scale, forced | ~visible)
+    mask = _select(importance, lengths, top_k, cdf, forced)
     return BlockSparseMask(*lists_from_blocks(mask.to_blocks() & visible), block_size, queries, keys)
 
 
-def _past_importance(
-    query_means: torch.Tensor, key_means: torch.Tensor, past: torch.Tensor, scale: float
+def _importance(
+    query_means: torch.Tensor, key_means: torch.Tensor, scale: float, left_out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of mean query tokens to mean key tokens where ``past`` ``[Mq, Mk]`` allows, else 0."""
-    grouped = query_means.unflatten(1, (key_means.shape[1], -1)) * scale  # [B, Hkv, Hq / Hkv, Mq, D]
-    scores = grouped @ key_means[:, :, None].transpose(3, 4)
-    hidden = ~past
-    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # -inf could make a row NaN
-    return scores.softmax(-1).masked_fill_(hidden, 0.0).flatten(1, 2)
+    """Softmax attention of mean query tokens to mean key tokens, ``[B, Hq, Mq, Mk]``.
+
+    Blocks left out (bool, broadcastable) have 0, unless a row has no other: then equal shares.
+    """
+    grouped = query_means.unflatten(1, (key_means.shape[1], -1)).flatten(2, 3)  # [B, Hkv, group * Mq, D]
+    scores = (grouped * scale) @ key_means.transpose(2, 3)
+    scores = scores.view(*query_means.shape[:3], key_means.shape[2])
+    if left_out is not None:
+        scores.masked_fill_(left_out, torch.finfo(scores.dtype).min)  # -inf could make a row NaN
+    return scores.softmax(-1)
 
 
 def _select(

@@ -21,6 +21,7 @@ NAMES = {
 }
 # What the file's thresholds were found with; the sink is added where they are used.
 PARAMETERS = {"block_size": 128, "key_block_size": 64, "attention_sink": True}
+NO_SKIP = 1000.0  # log2 units: no score is that far below another
 LAYER = re.compile(r"(?P<stack>(?:.*\.)?[^.0-9][^.]*)\.(?P<place>\d+)\.(?P<rest>.+)\.inner_attention")
 
 
@@ -36,7 +37,7 @@ def read_published(path: Path) -> Calibration:
 
     Returns:
         Calibration: ``cdf``, ``similarity_threshold`` and ``skip_threshold`` of every layer and head; heads
-        that are marked as not sparse keep everything.
+        that are marked as not sparse keep everything and skip nothing.
 
     Raises:
         ParameterError: it cannot be read, or holds anything else.
@@ -47,6 +48,7 @@ def read_published(path: Path) -> Calibration:
         dense = [head for head, sparse in enumerate(entries["is_sparse"].tolist()) if not sparse]
         for head in dense:
             values["cdf"][layer][head] = 1.0
+            values["skip_threshold"][layer][head] = NO_SKIP
     return Calibration(
         strategy="sparge",
         parameters=PARAMETERS,

@@ -138,7 +138,7 @@ class SpargeStrategy(BlockSparseStrategy):
         return self.parameters.calibration is None
 
     def check_model(self, num_layers: int, num_heads: int | None) -> None:
-        """Refuse the calibration of another model."""
+        """Refuse a calibration of other layers or heads."""
         if self._calibration is not None:
             self._calibration.check_size(num_layers, num_heads)
 

@@ -6,6 +6,9 @@ Blocks are 128 queries x 64 keys on every device. Tensors are ``[B, H, N, D]`` i
 query heads if the latter are a multiple. ``spas_sage2_*`` and ``block_sparse_sage2_*`` take INT8 scores and
 FP8 weights and values (on GPUs without FP8 the latter as given), ``spas_sage_*`` INT8 scores alone. Causal
 calls are computed in the precision of the tensors. All run on CUDA devices, and on CPUs in plain torch.
+
+Thresholds per head are checked where they lie on a CPU. On a GPU they are trusted, since reading them would
+wait for the device: a share up to 0 there is one block, above 1 all of them, and a NaN is undefined.
 """
 
 import torch
@@ -62,7 +65,7 @@ def spas_sage2_attn_meansim_topk_cuda(
             above skip none. Default: 50
         attention_sink (bool): every query sees the first key block. Default: False
         tensor_layout (str): ``"HND"`` or ``"NHD"``. Default: ``"HND"``
-        output_dtype (dtype, Optional): of the output. Default: that of ``q``
+        output_dtype (dtype, Optional): of the output, floating. Default: that of ``q``
         return_sparsity (bool): also return the share of work left out. Default: False
 
     Returns:

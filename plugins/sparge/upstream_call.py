@@ -1,15 +1,19 @@
 """What the functions of `upstream` share: checks, prediction, and the call of the operator."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
+from core.argument_checks import check_tensors_given, shapes_of
 from core.block_mask import BlockSparseMask, block_count
 from core.errors import LayoutError, ParameterError, UnsupportedCallError
 from kernels_common.block_sparse_attention import attend_blocks
 from kernels_common.selection import lists_from_blocks
 from kernels_common.strategy import multiplied_share
-from kernels_common.tensor_checks import check_tensors
+from kernels_common.tensor_checks import DTYPES, check_tensors
 from plugins.sparge.precision import FP8_CAPABILITY
 from plugins.sparge.prediction import executed_density, predict_mask
 
@@ -18,6 +22,13 @@ LAYOUTS = ("HND", "NHD")
 NO_SKIP = 50.0  # upstream's default: a tile that far below holds less than fp32 can add
 Threshold = float | torch.Tensor
 Output = torch.Tensor | tuple[torch.Tensor, float]
+# What each threshold must be: in words, and as a test that no NaN passes.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "topk": ("in (0, 1]", lambda number: 0 < number <= 1),
+    "cdfthreshd": ("in (0, 1]", lambda number: 0 < number <= 1),
+    "simthreshd1": ("a number", lambda number: not math.isnan(number)),
+    "pvthreshd": ("at least 0, in log2 units", lambda number: number >= 0),
+}
 
 
 class UpstreamCall(NamedTuple):
@@ -42,6 +53,7 @@ def open_call(
     is_causal: bool,
 ) -> UpstreamCall:
     """Refuse what no function does, and bring the tensors to ``[B, H, N, D]``."""
+    check_tensors_given(q=q, k=k, v=v)
     if attn_mask is not None:
         raise UnsupportedCallError("attn_mask is not supported; pass None, or is_causal=True")
     if dropout_p != 0.0:
@@ -55,6 +67,8 @@ def open_call(
     if tensor_layout == "NHD":
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     check_tensors(q, k, v)
+    if 0 in (*q.shape, *k.shape):
+        raise LayoutError(f"q, k and v must not be empty; got {shapes_of(q=q, k=k, v=v)}")
     if is_causal and q.shape[2] != k.shape[2]:
         raise UnsupportedCallError(
             f"is_causal needs as many keys as queries, got {q.shape[2]} queries and {k.shape[2]} keys"
@@ -76,38 +90,35 @@ def predict_blocks(
     sink = None
     if attention_sink:
         sink = torch.arange(block_count(call.key.shape[2], BLOCK_SIZE[1]), device=call.query.device) == 0
-    gate = None if not isinstance(similarity, torch.Tensor) and similarity < 0 else similarity
+    gate = _read("simthreshd1", similarity, call)
     return predict_mask(
         call.query,
         call.key,
         BLOCK_SIZE,
-        top_k=_share("topk", topk, call),
-        cdf=_share("cdfthreshd", cdf, call),
-        similarity_threshold=None if gate is None else _per_head("simthreshd1", gate, call),
+        top_k=None if topk is None else _read("topk", topk, call),
+        cdf=None if cdf is None else _read("cdfthreshd", cdf, call),
+        similarity_threshold=None if isinstance(gate, float) and gate < 0 else gate,
         scale=scale,
         forced=sink,
         causal=call.is_causal,
     )
 
 
-def _share(name: str, threshold: Threshold | None, call: UpstreamCall) -> Threshold | None:
-    """A share in (0, 1] or one per head; those in tensors are trusted, since reading them waits."""
-    if threshold is None:
-        return None
+def _read(name: str, threshold: Threshold, call: UpstreamCall) -> Threshold:
+    """A number, or one per head on the device of the call; those on a GPU are trusted: reading them waits."""
+    numbers: list[Any] = [threshold]
     if isinstance(threshold, torch.Tensor):
-        return _per_head(name, threshold, call)
-    if not 0.0 < threshold <= 1.0:
-        raise ParameterError(f"{name} must be in (0, 1], got {threshold}")
+        heads = call.query.shape[1]
+        if threshold.shape != (heads,):
+            raise LayoutError(f"{name} must be a number or [{heads}], got {tuple(threshold.shape)}")
+        numbers = threshold.tolist() if threshold.device.type == "cpu" else []
+    wanted, fits = RANGES[name]
+    for number in numbers:
+        if not isinstance(number, Real) or not fits(float(number)):
+            raise ParameterError(f"{name} must be {wanted}, got {number!r}")
+    if isinstance(threshold, torch.Tensor):
+        return threshold.to(call.query.device, torch.float32)
     return float(threshold)
-
-
-def _per_head(name: str, threshold: Threshold, call: UpstreamCall) -> Threshold:
-    if not isinstance(threshold, torch.Tensor):
-        return float(threshold)
-    heads = call.query.shape[1]
-    if threshold.shape != (heads,):
-        raise LayoutError(f"{name} must be a number or [{heads}], got {tuple(threshold.shape)}")
-    return threshold.to(call.query.device, torch.float32)
 
 
 def read_mask(call: UpstreamCall, mask_id: torch.Tensor | None, attention_sink: bool) -> BlockSparseMask:
@@ -117,6 +128,7 @@ def read_mask(call: UpstreamCall, mask_id: torch.Tensor | None, attention_sink: 
     expected = (*call.query.shape[:2], *blocks)
     if mask_id is None:
         raise ParameterError(f"mask_id is missing; pass bool or integer {expected}")
+    check_tensors_given(mask_id=mask_id)
     if tuple(mask_id.shape) != expected or mask_id.is_floating_point() or mask_id.is_complex():
         raise LayoutError(
             f"mask_id must be bool or integer {expected}, one entry per {BLOCK_SIZE[0]} queries x "
@@ -138,6 +150,8 @@ def attend_call(
     return_sparsity: bool,
 ) -> Output:
     """Output in the layout of the call, with the share of work left out if it is asked for."""
+    if output_dtype is not None and output_dtype not in DTYPES:
+        raise ParameterError(f"output_dtype must be a floating torch.dtype or None, got {output_dtype!r}")
     skip = _skip_threshold(call, pvthreshd)
     result = attend_blocks(
         call.query,
@@ -160,16 +174,13 @@ def attend_call(
 
 
 def _skip_threshold(call: UpstreamCall, pvthreshd: Threshold) -> torch.Tensor | None:
-    if not isinstance(pvthreshd, torch.Tensor):
-        if not pvthreshd >= 0:
-            raise ParameterError(f"pvthreshd must be at least 0, in log2 units, got {pvthreshd}")
-        if pvthreshd >= NO_SKIP:
-            return None
+    threshold = _read("pvthreshd", pvthreshd, call)
+    if isinstance(threshold, float) and threshold >= NO_SKIP:
+        return None
     if call.is_causal:
         raise UnsupportedCallError(
             f"pvthreshd is not supported with is_causal; leave it at {NO_SKIP:g}, which skips nothing"
         )
-    threshold = _per_head("pvthreshd", pvthreshd, call)
     return torch.as_tensor(threshold, dtype=torch.float32, device=call.query.device).expand(
         call.query.shape[1]
     )

@@ -92,3 +92,17 @@ def test_foreign_processors_are_refused(transformer):
         InstallError, match="expected diffusers' own FLUX attention processor, found function"
     ):
         apply_strategy(transformer, "dense")
+
+
+@torch.no_grad()
+def test_a_token_mask_is_refused(transformer):
+    image, text = call()["hidden_states"], call()["encoder_hidden_states"]
+    with apply_strategy(transformer, "dense"):
+        attention = transformer.transformer_blocks[0].attn
+        streams = {
+            "hidden_states": transformer.x_embedder(image),
+            "encoder_hidden_states": transformer.context_embedder(text),
+        }
+        mask = torch.ones(1, 1, 1, TEXT + ROWS * COLUMNS, dtype=torch.bool)
+        with pytest.raises(UnsupportedCallError, match="FLUX attention with a token mask is not supported"):
+            attention.processor(attention, **streams, attention_mask=mask)

@@ -123,6 +123,28 @@ def test_precision_and_skipping_belong_to_the_calibration(tmp_path):
         create_strategy("sparge", quantization="int8_fp16", **options)
 
 
+def test_every_parameter_that_was_set_is_in_the_file(tmp_path, capsys):
+    path = tmp_path / "tiny.json"
+    extra = {"order": "gilbert", "attention_sink": True, "similarity_threshold": 0.02, "projection": "pca"}
+    spec = ",".join([SPEC, "directions=32", "backend=torch", *(f"{name}={extra[name]}" for name in extra)])
+    assert tune.main(["--strategy", spec, "--prompts", "1", *TINY, "--output", str(path)]) == 0
+    own = Calibration.load(path).parameters
+    assert own.items() >= (extra | {"directions": 32, "block_size": 64}).items() and "backend" not in own
+    printed = capsys.readouterr().out.split("use it with sparge:")[1]
+    assert all(f"{name}={value}" in printed for name, value in extra.items())
+    options = {"block_size": 64, "directions": 32, "calibration": str(path), **extra}
+    create_strategy("sparge", **options)
+    for name in extra:
+        with pytest.raises(ParameterError, match=f"was made with {name}="):
+            create_strategy("sparge", **{key: value for key, value in options.items() if key != name})
+
+
+def test_candidates_run_on_the_backend_of_the_spec(tmp_path):
+    arguments = ["--strategy", SPEC + ",backend=torch", *TINY, "--output", str(tmp_path / "x.json")]
+    candidate = tune._candidate(tune.parse_arguments(arguments), topk=0.5)
+    assert candidate.parameters.backend == "torch" and candidate.parameters.topk == 0.5
+
+
 def test_file_tells_what_was_measured_and_configures_the_strategy(calibrated):
     path, printed = calibrated
     calibration = Calibration.load(path)
@@ -227,6 +249,10 @@ def test_a_stopped_call_goes_on(tmp_path, monkeypatch, capsys):
         (["--strategy", "sparge", "--knob", "order"], "must be one of topk, cdf, got 'order'"),
         (["--strategy", "sparg"], "Did you mean 'sparge'"),
         (["--strategy", "sparge:topk=0.5"], "--strategy sets topk, which is what is searched"),
+        (["--strategy", "sparge:density=0.4"], "--strategy sets density, which is what is searched"),
+        (["--strategy", "sparge:preset=demo"], "--strategy sets density, which is what is searched"),
+        (["--strategy", "sparge:preset=topk"], "--strategy sets topk, which is what is searched"),
+        (["--strategy", "sparge:preset=calibrated"], "--strategy sets calibration, which is what is"),
         (["--strategy", "sparge", "--prompts", "0"], "--prompts must be at least 1"),
         (["--strategy", "sparge", "--max-error", "0"], "--max-error must be above 0"),
         (["--strategy", "sparge", "--output", "x.pt"], "--output must end in .json"),

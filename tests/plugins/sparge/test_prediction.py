@@ -200,3 +200,67 @@ def test_blocks_of_an_order_are_those_of_the_moved_tokens(options):
     for indices in (order, order.int()):
         assert torch.equal(predict_mask(query, key, BLOCK, order=indices, **options).to_blocks(), moved)
     assert not torch.equal(predict_mask(query, key, BLOCK, **options).to_blocks(), moved)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", [{"topk": 0.3}, {"cdf": 0.7}], ids=str)
+def test_an_unlike_block_far_above_the_others_takes_no_part(rule, dtype, causal):
+    """Its score is about 60 above the others, whose weights would all be rounded to 0 beside it."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(32, generator=generator, dtype=torch.float64), dim=0
+    )
+    query, key = torch.randn(2, 1, 1, 320, 32, generator=generator, dtype=torch.float64)
+    query = query + 6 * direction
+    shared = 2 * torch.randn(10, 32, generator=generator, dtype=torch.float64).repeat_interleave(32, 0)
+    key = shared + 0.3 * key
+    key[:, :, :32] = 500 * torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    key[:, :, :32] += 60 * 32**0.5 / 6 * direction - key[:, :, :32].mean(2, keepdim=True)
+    options = {"cdf": rule.get("cdf"), "top_k": rule.get("topk"), "similarity_threshold": 0.3}
+    mask = predict_mask(query.to(dtype), key.to(dtype), BLOCK, causal=causal, **options)
+    expected = block_map(query[0, 0], key[0, 0], BLOCK, similarity_threshold=0.3, causal=causal, **rule)
+    assert torch.equal(mask.to_blocks()[0, 0], expected) and not expected.all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", [{"top_k": 0.3}, {"cdf": 0.7}], ids=str)
+def test_forced_blocks_take_no_part(rule, causal):
+    """What else is kept does not depend on how high the scores of forced blocks are."""
+    query, key = (0.2 * part.float() for part in tensors(384, 384))
+    query[..., 0] = 10.0
+    forced = torch.zeros(24, 12, dtype=torch.bool)
+    forced[:, 0] = forced[3] = True
+    masks = []
+    for peak in (0.0, 60 * 32**0.5 / 10):
+        key[:, :, :32, 0], key[:, :, 32:, 0] = peak, 0.0
+        masks.append(predict_mask(query, key, BLOCK, forced=forced, causal=causal, **rule).to_blocks())
+    assert torch.equal(*masks) and masks[0][..., 0].all()
+    assert 4 <= masks[0][0, 0, -1].sum() < 12  # itself, the forced one, and some by choice
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_with_a_nan_is_unlike(causal):
+    query, key = tensors(192, 192, heads=1, kv_heads=1)
+    rule = {"top_k": 0.2, "similarity_threshold": 0.1}
+    plain = predict_mask(query, key, BLOCK, causal=causal, **rule).to_blocks()
+    visible = causal_blocks(192, BLOCK, query.device)[0] | (not causal)
+    query[0, 0, 16 * 9] = float("nan")
+    expected = plain.clone()
+    expected[0, 0, 9] = visible[9]
+    assert not torch.equal(expected, plain)
+    assert torch.equal(predict_mask(query, key, BLOCK, causal=causal, **rule).to_blocks(), expected)
+    key[0, 0, 32] = float("nan")
+    kept = predict_mask(query, key, BLOCK, causal=causal, **rule).to_blocks()
+    assert torch.equal(kept[0, 0, :, 1], visible[:, 1])
+    # Of a call that is not causal the mean of all keys is NaN, and every block differs from it.
+    assert kept[0, 0, :, 2:].equal(visible[:, 2:]) != causal
+    assert torch.equal(kept[1], plain[1])
+
+
+def test_scale_sharpens_a_causal_estimate():
+    query, key = (0.3 * part for part in tensors(192, 192))
+    sharp = predict_mask(4 * query, key, BLOCK, cdf=0.7, causal=True).to_blocks()
+    scaled = predict_mask(query, key, BLOCK, cdf=0.7, causal=True, scale=4 * 32**-0.5).to_blocks()
+    assert torch.equal(sharp, scaled)
+    assert not torch.equal(sharp, predict_mask(query, key, BLOCK, cdf=0.7, causal=True).to_blocks())

@@ -52,12 +52,29 @@ def path(layers, tmp_path):
 def test_every_layer_gets_its_own_numbers(path, layers):
     calibration = read_published(path)
     assert calibration.size == (13, HEADS) and calibration.model == "Model_0.06_0.07.pt"
-    for values, entries in zip(calibration.values["cdf"], [*layers[0], *layers[1]], strict=True):
+    tables = (calibration.values[name] for name in ("cdf", "skip_threshold"))
+    for values, skips, entries in zip(*tables, [*layers[0], *layers[1]], strict=True):
         expected = torch.where(entries["is_sparse"], entries["cdfthreshd"], 1.0)
         assert torch.equal(torch.tensor(values), expected)
-    for own, theirs in (("similarity_threshold", "simthreshd1"), ("skip_threshold", "pvthreshd")):
-        expected = torch.stack([entries[theirs] for entries in [*layers[0], *layers[1]]])
-        assert torch.equal(torch.tensor(calibration.values[own]), expected)
+        skip = torch.where(entries["is_sparse"], entries["pvthreshd"], 1000.0)
+        assert torch.equal(torch.tensor(skips), skip)
+    expected = torch.stack([entries["simthreshd1"] for entries in [*layers[0], *layers[1]]])
+    assert torch.equal(torch.tensor(calibration.values["similarity_threshold"]), expected)
+
+
+def test_heads_that_are_not_sparse_are_exact(path, layers):
+    """Every score is far below the first ones, so that any threshold of the file would skip."""
+    query, key, value = random_qkv(LAYOUT, heads=HEADS)
+    query[..., 0], key[..., 0] = 30.0, -30.0
+    key[:, :, :64, 0] = 30.0
+    strategy = create_strategy("sparge", calibration=str(path), quantization="auto", **USE)
+    strategy(query, key, value, AttentionContext(LAYOUT, 2, 13))
+    assert strategy.report().density < 0.9
+    layers[0][1]["is_sparse"][:] = False
+    torch.save(flat(layers), path)
+    strategy = create_strategy("sparge", calibration=str(path), **USE)
+    strategy(query, key, value, AttentionContext(LAYOUT, 1, 13))
+    assert strategy.report().density == 1.0
 
 
 def test_the_strategy_uses_them(path, layers, tmp_path):
@@ -82,7 +99,8 @@ def test_the_strategy_uses_them(path, layers, tmp_path):
                     forced=forced,
                 )
                 assert torch.equal(pattern.mask.to_blocks()[:, one], alone.to_blocks())
-            assert torch.equal(pattern.skip_threshold, entries["pvthreshd"])
+            expected = torch.where(entries["is_sparse"], entries["pvthreshd"], 1000.0)
+            assert torch.equal(pattern.skip_threshold, expected)
     strategy(query, key, value, AttentionContext(LAYOUT, 1, 13))
     assert 0 < strategy.report().density < 1
 

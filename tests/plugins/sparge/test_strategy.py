@@ -74,14 +74,29 @@ def test_text_is_never_dropped():
     assert mask.to_dense()[:, :, :, text].all() and strategy.report().density < 0.4
 
 
+@pytest.mark.parametrize("order", ["model", "gilbert"])
+def test_the_sink_is_never_dropped(order):
+    layout = TokenLayout(0, 4, 16, 20)
+    query, key, _ = random_qkv(layout)
+    kept = [
+        SpargeStrategy(topk=0.1, block_size=64, attention_sink=sink, order=order)
+        .pattern(query, key, AttentionContext(layout))
+        .mask.to_blocks()
+        for sink in (False, True)
+    ]
+    assert kept[1][..., 0].all() and not kept[0][..., 0].all()
+    assert kept[1][..., 1:].sum() == 2 * 20 * 2  # its own two of 20 blocks in every row, beside the sink
+
+
 def relative_l1(output, expected):
     return float((output.double() - expected.double()).abs().sum() / expected.double().abs().sum())
 
 
-@pytest.mark.parametrize("quantization, error", [("int8_fp8", 0.045), ("int8_fp16", 0.016)])
+# Over fresh inputs 0.038 +- 0.0006 and 0.0122 +- 0.0002; four deviations above.
+@pytest.mark.parametrize("quantization, error", [("int8_fp8", 0.0405), ("int8_fp16", 0.013)])
 @pytest.mark.parametrize("order", ["model", "gilbert"])
 def test_quantization(quantization, error, order):
-    tensors = random_qkv(LAYOUT)
+    tensors = random_qkv(LAYOUT, heads=8)
     context = AttentionContext(LAYOUT)
     outputs = [
         SpargeStrategy(topk=0.4, order=order, quantization=name)(*tensors, context)
@@ -165,7 +180,7 @@ def test_causal_calls_are_neither_quantized_nor_skipped():
             SpargeStrategy(**options)(*random_qkv(layout), context)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("order", ["model", "gilbert"])
 def test_any_head_dimension(head_dim, order):
     layout = TokenLayout(7, 3, 9, 11)
@@ -176,7 +191,7 @@ def test_any_head_dimension(head_dim, order):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_length(causal):
-    for length in (*range(120, 136), 191, 192, 193, 255, 256, 257, 300):
+    for length in (*range(120, 136), 191, 192, 193, 255, 256, 257, 300, 4095, 4096, 4097):
         layout = TokenLayout(0, 1, 1, length)
         context = AttentionContext(layout, causal=causal)
         query, key, value = random_qkv(layout, heads=1)

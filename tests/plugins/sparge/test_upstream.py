@@ -1,6 +1,7 @@
 """The functions with upstream's names: every argument is honoured or refused."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from core import BlockSparseMask, LayoutError, ParameterError, UnsupportedCallEr
 from kernels_common import attend_blocks
 from plugins.sparge import upstream
 from plugins.sparge.reference import block_map
+from plugins.sparge.upstream_call import sage2_precision
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOPK = (upstream.spas_sage2_attn_meansim_topk_cuda, upstream.spas_sage_attn_meansim_topk_cuda)
 CDF = (upstream.spas_sage2_attn_meansim_cuda, upstream.spas_sage_attn_meansim_cuda)
 BLOCKS = upstream.block_sparse_sage2_attn_cuda
-# Relative L1 error on Gaussian data of INT8 scores with e4m3 weights and values, and of the scores alone.
-ERROR = {"sage2": 0.041, "sage": 0.0145}
+# Relative L1 error on Gaussian data of INT8 scores with e4m3 weights and values, and of the scores alone. New
+# inputs of a few hundred tokens in two heads scatter: 0.0365 +- 0.0012 and 0.012 +- 0.0005, so these are four
+# deviations above. `test_error_of_full_attention` has a tighter bound on inputs that are always the same.
+ERROR = {"sage2": 0.041, "sage": 0.014}
 
 
 def kind(function):
@@ -99,7 +103,8 @@ def test_predicted_blocks_are_executed(tensors, function, layout):
 
 
 @pytest.mark.parametrize(
-    "queries, keys, head_dim", [(128, 128, 64), (129, 200, 32), (33, 257, 80), (300, 64, 128), (1, 1, 64)]
+    "queries, keys, head_dim",
+    [(128, 128, 64), (129, 200, 32), (33, 257, 80), (300, 64, 128), (1, 1, 64), (200, 300, 96)],
 )
 @pytest.mark.parametrize("function", TOPK, ids=kind)
 def test_any_size_in_full(tensors, function, queries, keys, head_dim):
@@ -107,6 +112,23 @@ def test_any_size_in_full(tensors, function, queries, keys, head_dim):
     output, sparsity = function(query, key, value, topk=1.0, return_sparsity=True)
     assert sparsity == 0.0
     assert relative_l1(output, exact(query, key, value)) < ERROR[kind(function)]
+
+
+@pytest.mark.parametrize("function, bound", [(TOPK[0], 0.039), (TOPK[1], 0.0132)], ids=["sage2", "sage"])
+def test_error_of_full_attention(device, function, bound):
+    """The original's errors are 0.039 and 0.013; on these inputs 0.0381 and 0.0128 are measured on a CPU."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = torch.randn(3, 1, 4, 2048, 128, generator=generator).half().float().to(device)
+    assert relative_l1(function(*tensors, topk=1.0), exact(*tensors)) < bound
+
+
+@pytest.mark.parametrize("length", [4095, 4096, 4097])
+def test_lengths_around_whole_blocks(tensors, length):
+    query, key, value = tensors(length, heads=1, head_dim=96)
+    output, sparsity = TOPK[0](query, key, value, topk=0.3, return_sparsity=True)
+    kept = to_tokens(reference_map(query, key, topk=0.3), length, length)
+    assert sparsity == pytest.approx(1 - float(kept.double().mean()), abs=1e-6)
+    assert relative_l1(output, exact(query, key, value, kept)) < ERROR["sage2"]
 
 
 @pytest.mark.parametrize("function", CDF, ids=kind)
@@ -153,10 +175,43 @@ def test_causal_and_sparse(tensors):
 def test_scale_is_used_by_prediction_and_attention(tensors):
     query, key, value = tensors(256, 512)
     sharper = TOPK[1](query, key, value, topk=1.0, scale=0.5)
-    assert relative_l1(sharper, exact(query, key, value, scale=0.5)) < 3 * ERROR["sage"]
+    # Scores are 4 times as large, and so is what their rounding does to the weights: about twice the error.
+    assert relative_l1(sharper, exact(query, key, value, scale=0.5)) < 2 * ERROR["sage"]
     _, plain = CDF[1](query, key, value, simthreshd1=-1, cdfthreshd=0.9, return_sparsity=True)
     _, sharp = CDF[1](query, key, value, simthreshd1=-1, cdfthreshd=0.9, scale=5.0, return_sparsity=True)
     assert sharp > plain
+
+
+@pytest.mark.parametrize("function", TOPK + CDF, ids=lambda function: function.__name__)
+def test_causal_scale_is_used_by_prediction_and_attention(tensors, function):
+    query, key, value = tensors(600)
+    means = torch.stack([part[:, :, :10] for part in (query, key)]).repeat_interleave(64, 3)[:, :, :, :600]
+    query, key = (query + means[0]) / 4, key + means[1]
+    rule = {"topk": 0.1} if function in TOPK else {"cdfthreshd": 0.5}
+    options = {"is_causal": True, "simthreshd1": -1, **rule}
+    output = function(query, key, value, scale=0.5, **options)
+    same = function(4 * query, key, value, scale=0.125, **options)
+    assert (output - same).abs().max() < 1e-5
+    reference = {"topk": 0.1} if function in TOPK else {"cdf": 0.5}
+    kept = reference_map(4 * query, key, causal=True, **reference)
+    allowed = to_tokens(kept, 600, 600).tril()
+    assert (output - exact(query, key, value, allowed, scale=0.5)).abs().max() < 1e-5
+    if function in CDF:
+        assert not torch.equal(kept, reference_map(query, key, causal=True, **reference))
+
+
+@pytest.mark.parametrize(
+    "kind_of_device, capability, expected",
+    [
+        ("cpu", (0, 0), "int8_fp8"),
+        ("cuda", (8, 0), "int8_fp16"),
+        ("cuda", (8, 9), "int8_fp8"),
+        ("cuda", (9, 0), "int8_fp8"),
+    ],
+)
+def test_precision_of_the_sage2_functions(monkeypatch, kind_of_device, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert sage2_precision(SimpleNamespace(device=torch.device(kind_of_device))) == expected
 
 
 def test_thresholds_per_head(tensors):
@@ -262,6 +317,17 @@ def test_output_dtype(tensors):
         ({"pvthreshd": -1.0}, ParameterError, "pvthreshd must be at least 0, in log2 units"),
         ({"pvthreshd": 10.0, "is_causal": True}, UnsupportedCallError, "pvthreshd is not supported with"),
         ({"scale": 0.0}, ParameterError, "scale must be positive"),
+        ({"scale": -1.0, "is_causal": True}, ParameterError, "scale must be positive"),
+        ({"scale": "0.1"}, ParameterError, "scale must be positive"),
+        ({"topk": "0.5"}, ParameterError, r"topk must be in \(0, 1\], got '0.5'"),
+        ({"topk": float("nan")}, ParameterError, r"topk must be in \(0, 1\], got nan"),
+        ({"topk": torch.tensor([0.5, 1.5])}, ParameterError, r"topk must be in \(0, 1\], got 1.5"),
+        ({"topk": None, "cdfthreshd": torch.tensor([0.5, 0.0])}, ParameterError, "cdfthreshd must be in"),
+        ({"simthreshd1": "0.6"}, ParameterError, "simthreshd1 must be a number, got '0.6'"),
+        ({"simthreshd1": float("nan")}, ParameterError, "simthreshd1 must be a number, got nan"),
+        ({"pvthreshd": torch.tensor([5.0, -5.0])}, ParameterError, "pvthreshd must be at least 0.*got -5.0"),
+        ({"output_dtype": "fp16"}, ParameterError, "output_dtype must be a floating .* got 'fp16'"),
+        ({"output_dtype": torch.int32}, ParameterError, "output_dtype must be a floating .* got torch.int32"),
     ],
     ids=str,
 )
@@ -282,10 +348,15 @@ def test_wrong_tensors_and_masks_are_refused(tensors):
         )
     with pytest.raises(LayoutError, match="one floating dtype"):
         TOPK[0](query, key.half(), value)
+    with pytest.raises(LayoutError, match="q must be a tensor, got NoneType"):
+        TOPK[0](None, key, value)
+    with pytest.raises(LayoutError, match="must not be empty; got q .0, 2, 128, 64"):
+        TOPK[0](query[:0], key[:0], value[:0])
     for mask, error, message in (
         (None, ParameterError, r"mask_id is missing; pass bool or integer \(1, 2, 1, 3\)"),
         (torch.ones(1, 2, 2, 2, dtype=torch.bool), LayoutError, "one entry per 128 queries x 64 keys"),
         (torch.ones(1, 2, 1, 3), LayoutError, "must be bool or integer"),
+        ([[1]], LayoutError, "mask_id must be a tensor, got list"),
     ):
         with pytest.raises(error, match=message):
             BLOCKS(query, key, value, mask)
