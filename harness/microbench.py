@@ -12,6 +12,7 @@ from harness.errors import BenchError
 COLUMNS = ("strategy", "density", "backend", "median", "against dense", "largest error")
 KINDS = {"strategies": "", "gradients": ", forward and backward pass"}
 LIKENESS = "relative L1 to dense"  # missing in older files
+PREDICTION = "prediction"
 
 
 def read_benchmarks(path: Path) -> dict[str, Any]:
@@ -31,36 +32,60 @@ def read_benchmarks(path: Path) -> dict[str, Any]:
 
 
 def tables(run: dict[str, Any]) -> str:
-    """Markdown: one table per shape with every strategy against dense, and where it was measured."""
+    """Markdown: per shape every strategy against dense, then what predictions take alone; where measured."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in run["benchmarks"]:
         kind = (entry["group"] or "").partition(" ")[0]
-        if kind in KINDS:
+        if kind in KINDS or kind == PREDICTION:
             groups[kind, entry["extra_info"]["shape"]].append(entry)
+    predictions = {shape: groups.pop((kind, shape)) for kind, shape in list(groups) if kind == PREDICTION}
     if not groups:
         raise BenchError("this file has no strategies: run tests/benchmark/test_strategies.py")
     first = next(iter(groups.values()))[0]
     return "\n\n".join(
         [
             *(_table(*group, entries) for group, entries in groups.items()),
+            *(
+                _prediction_table(shape, entries, groups["strategies", shape])
+                for shape, entries in predictions.items()
+            ),
             _provenance(run, first["extra_info"]),
         ]
     )
 
 
 def _table(kind: str, shape: str, entries: list[dict[str, Any]]) -> str:
-    batch, heads, text, frames, rows, columns, head_dim = shape.split("x")
-    first = entries[0]["extra_info"]
-    title = (
-        f"{first['tokens']:,} tokens ({text} text + {frames}x{rows}x{columns}), "
-        f"batch {batch}, {heads} heads of {head_dim}, {first['dtype']}{KINDS[kind]}"
-    )
-    dense = next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
+    title = _title(shape, entries[0]["extra_info"]) + KINDS[kind]
+    dense = _dense_s(entries)
     compared = any("relative_l1" in entry["extra_info"] for entry in entries)
     names = [*COLUMNS, LIKENESS] if compared else [*COLUMNS]
     rule = ["---", "---:", "---", *["---:"] * (len(names) - 3)]
     ordered = sorted(entries, key=lambda entry: -_median_s(entry))
     lines = [names, rule, *(_cells(entry, dense)[: len(names)] for entry in ordered)]
+    return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _title(shape: str, facts: dict[str, Any]) -> str:
+    batch, heads, text, frames, rows, columns, head_dim = shape.split("x")
+    return (
+        f"{facts['tokens']:,} tokens ({text} text + {frames}x{rows}x{columns}), "
+        f"batch {batch}, {heads} heads of {head_dim}, {facts['dtype']}"
+    )
+
+
+def _dense_s(entries: list[dict[str, Any]]) -> float | None:
+    return next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
+
+
+def _prediction_table(shape: str, entries: list[dict[str, Any]], strategies: list[dict[str, Any]]) -> str:
+    """Predictions alone, each once, beside one dense call."""
+    dense = _dense_s(strategies)
+    lines = [("prediction", "median", "share of a dense call"), ("---", "---:", "---:")]
+    for entry in sorted(entries, key=_median_s):
+        name = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
+        share = f"{_median_s(entry) / dense:.1%}" if dense else "-"
+        lines.append((name, f"{_median_s(entry) * 1e3:.3f} ms", share))
+    title = _title(shape, entries[0]["extra_info"]) + ", what strategies do before their kernel"
     return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 

@@ -1,16 +1,15 @@
-"""The semantic form: queries and keys sorted by cluster, blocks chosen from the centroids."""
+"""The semantic form: queries and keys sorted by cluster, blocks chosen by their predicted mass."""
 
 from typing import NamedTuple
 
 import torch
 
-from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
 from core.layout import TokenLayout
 from core.random import call_generator
+from kernels_common import select_mass
 from kernels_common.strategy import SparsePattern
-from plugins.svg_smart.clusters import cluster_sizes, covered_blocks, k_means, kept_pairs
-from plugins.svg_smart.patterns import forced_blocks
+from plugins.svg_smart.clusters import alike_in_a_row, block_members, k_means, predicted_mass
 
 
 class Centroids(NamedTuple):
@@ -45,11 +44,12 @@ def semantic_pattern(
     context: AttentionContext,
     options: ClusterOptions,
     block_size: tuple[int, int],
+    forced: torch.Tensor,
     previous: Centroids | None,
 ) -> tuple[SparsePattern, Centroids]:
-    """Cluster the video tokens of a call and keep the blocks that the chosen cluster pairs touch.
+    """Cluster the video tokens of a call and keep the blocks that hold most of the predicted mass.
 
-    Text stays at its place, sees everything and is seen by all.
+    Text stays at its place.
 
     Args:
         query (Tensor): ``[B, H, S, D]``.
@@ -57,12 +57,13 @@ def semantic_pattern(
         context (AttentionContext): layout, layer and step.
         options (ClusterOptions): numbers of clusters, iterations and the mass to keep.
         block_size (tuple[int, int]): tokens of a (query block, key block).
+        forced (Tensor): ``[Mq, Mk]`` bool, blocks that stay in any case.
         previous (Centroids, Optional): of an earlier step of the same layer. Default: random tokens
     """
-    layout = context.layout
+    layout, shape = context.layout, query.shape[:2]
     generator = call_generator(options.seed, context, query.device)
-    iterations = options.iterations if previous is not None else options.first_iterations
-    labels, centroids = [], []
+    iterations = options.first_iterations if previous is None else options.iterations
+    orders, members, centroids = [], [], []
     for index, (part, clusters) in enumerate(((query, options.query_clusters), (key, options.key_clusters))):
         video = part[:, :, layout.video_slice].flatten(0, 1)
         if previous is None:
@@ -70,34 +71,22 @@ def semantic_pattern(
             start = video[:, chosen].float()
         else:
             start = (previous.query, previous.key)[index]
-        label, centroid = k_means(video, start, iterations)
-        labels.append(label)
+        labels, centroid = alike_in_a_row(*k_means(video, start, iterations))
+        ranked, places = labels.sort(dim=-1, stable=True)
+        orders.append(_with_text(places, layout).view(*shape, -1))
+        members.append(block_members(ranked, centroid.shape[1], layout, block_size[index]))
         centroids.append(centroid)
-    sizes = cluster_sizes(labels[1], centroids[1].shape[1])
-    kept = kept_pairs(centroids[0], centroids[1], sizes, mass=options.mass, least_share=options.least_share)
-    orders, spans = zip(
-        *(_sorted(label, layout, size) for label, size in zip(labels, block_size, strict=True)), strict=True
-    )
-    blocks = covered_blocks(kept, *spans).view(*query.shape[:2], spans[0].shape[1], spans[1].shape[1])
-    blocks |= forced_blocks(layout, block_size, diagonal=False).to(blocks.device)
-    length = layout.sequence_length
-    mask = BlockSparseMask.from_blocks(blocks, block_size, length, length)
-    query_order, key_order = (order.view(*query.shape[:2], length) for order in orders)
-    pattern = SparsePattern(mask, order=query_order, key_order=key_order)
-    return pattern, Centroids(context.step_index, centroids[0], centroids[1])
+    importance = predicted_mass(*centroids, *members).unflatten(0, shape)
+    mask = select_mass(
+        importance, options.mass, block_size, layout.sequence_length, layout.sequence_length,
+        include_crossing=True, min_blocks=options.least_share or 1, forced=forced,
+    )  # fmt: skip
+    pattern = SparsePattern(mask, order=orders[0], key_order=orders[1])
+    return pattern, Centroids(context.step_index, *centroids)
 
 
-def _sorted(labels: torch.Tensor, layout: TokenLayout, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token order ``[H, S]`` by label, and first and last label of every block ``[H, M, 2]``."""
-    heads, length = labels.shape[0], layout.sequence_length
-    ranked, order = labels.sort(dim=-1, stable=True)
-    whole = torch.arange(length, device=labels.device).repeat(heads, 1)
-    whole[:, layout.video_slice] = layout.video_start + order
-    # A block that begins or ends in text is kept whole; any label inside it will do there.
-    spread = ranked.new_zeros(heads, length)
-    spread[:, layout.video_slice] = ranked
-    if not layout.text_first:
-        spread[:, layout.text_slice] = ranked[:, -1:]
-    firsts = torch.arange(0, length, block, device=labels.device)
-    lasts = (firsts + block - 1).clamp(max=length - 1)
-    return whole, torch.stack([spread[:, firsts], spread[:, lasts]], -1)
+def _with_text(places: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Order of all tokens, ``[H, S]`` int64, from that of the video's places."""
+    order = torch.arange(layout.sequence_length, device=places.device).repeat(len(places), 1)
+    order[:, layout.video_slice] = layout.video_start + places
+    return order

@@ -1,23 +1,42 @@
 """SvgSmartStrategy: every head runs the spatial or the temporal pattern, whichever suits it better."""
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
 from core.layout import TokenLayout
 from core.strategy import AttentionResult, AttentionStrategy, Capabilities, dense_result
 from kernels_common.strategy import BlockSparseParameters, SparsePattern, attend_pattern
-from plugins.svg_smart.patterns import HeadPatterns, band_patterns, frame_patterns, head_patterns
+from plugins.svg_smart.patterns import (
+    HeadPatterns,
+    band_patterns,
+    forced_blocks,
+    frame_patterns,
+    head_patterns,
+)
 from plugins.svg_smart.profiling import pattern_errors, sample_rows
 from plugins.svg_smart.semantic import Centroids, ClusterOptions, semantic_pattern
+
+_JUDGED = ("keep", "sampled_rows", "refresh_every", "share_batch", "seed")
+_CLUSTERED = (
+    "query_clusters",
+    "key_clusters",
+    "mass",
+    "least_share",
+    "first_iterations",
+    "iterations",
+    "seed",
+)
 
 
 class SvgSmartParameters(BlockSparseParameters):
     """Parameters of `SvgSmartStrategy`.
+
+    A parameter that the variant does not read must keep its default.
 
     Args:
         variant (str): ``"band"``, a diagonal band in frame-major or token-major order (Sparse VideoGen);
@@ -28,20 +47,31 @@ class SvgSmartParameters(BlockSparseParameters):
             Default: 0.25
         sink (bool): ``"band"``: every query sees frame 0. Default: False
         diagonal (int): ``"frames"``: largest distance of two frames that see each other. Default: 1
-        keep (str): blocks that stay: ``"fraction"``, those with at least half of their pairs allowed;
-            ``"cover"``, those with any; not read by ``"semantic"``. Default: ``"fraction"``
-        sampled_rows (int): query rows by which a head is judged, 1 to 128. Default: 32
-        refresh_every (int): steps between two judgements of a layer's heads. Default: 1
-        share_batch (bool): one decision per head for the whole batch (both halves of classifier-free
-            guidance). Default: False
+        keep (str): ``"band"`` and ``"frames"``: blocks that stay: ``"fraction"``, those with at least half of
+            their pairs allowed; ``"cover"``, those with any. Default: ``"fraction"``
+        sampled_rows (int): ``"band"`` and ``"frames"``: query rows by which a head is judged, 1 to 128.
+            Default: 32
+        refresh_every (int): ``"band"`` and ``"frames"``: steps between two judgements of a layer's heads.
+            Default: 1
+        share_batch (bool): ``"band"`` and ``"frames"``: one decision per head for the whole batch (both
+            halves of classifier-free guidance). Default: False
         query_clusters (int): ``"semantic"``: clusters of queries. Default: 100
         key_clusters (int): ``"semantic"``: clusters of keys. Default: 500
-        mass (float): ``"semantic"``: estimated share of attention to keep, in (0, 1]. Default: 0.9
-        least_share (float): ``"semantic"``: smallest share of key clusters to keep. Default: 0.1
+        mass (float): ``"semantic"``: share of its predicted attention that the blocks of every query block
+            hold, in (0, 1]. Default: 0.9
+        least_share (float): ``"semantic"``: smallest share of key blocks to keep. Default: 0.1
         first_iterations (int): ``"semantic"``: k-means updates of a layer's first step. Default: 50
         iterations (int): ``"semantic"``: updates of later steps, from the last centroids. Default: 2
         seed (int): seed of sampled rows and of the first centroids. Default: 0
     """
+
+    read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {
+        "variant": {
+            "band": ("density", "sink", *_JUDGED),
+            "frames": ("diagonal", *_JUDGED),
+            "semantic": _CLUSTERED,
+        }
+    }
 
     variant: Literal["band", "frames", "semantic"] = Field("band", description="kind of pattern")
     density: float = Field(0.25, gt=0, le=1, description="band: largest share of allowed pairs")
@@ -53,17 +83,11 @@ class SvgSmartParameters(BlockSparseParameters):
     share_batch: bool = Field(False, description="one decision per head for the whole batch")
     query_clusters: int = Field(100, ge=1, description="semantic: clusters of queries")
     key_clusters: int = Field(500, ge=1, description="semantic: clusters of keys")
-    mass: float = Field(0.9, gt=0, le=1, description="semantic: estimated share of attention to keep")
-    least_share: float = Field(0.1, ge=0, le=1, description="semantic: smallest share of key clusters")
+    mass: float = Field(0.9, gt=0, le=1, description="semantic: share of predicted attention to keep")
+    least_share: float = Field(0.1, ge=0, le=1, description="semantic: smallest share of key blocks")
     first_iterations: int = Field(50, ge=0, description="semantic: k-means updates of the first step")
     iterations: int = Field(2, ge=0, description="semantic: k-means updates of later steps")
     seed: int = Field(0, ge=0, description="seed of sampled rows and first centroids")
-
-    @model_validator(mode="after")
-    def _check_variant(self) -> "SvgSmartParameters":
-        if self.variant == "semantic" and self.refresh_every > 1:
-            raise ValueError("refresh_every belongs to the variants band and frames; leave it at 1")
-        return self
 
 
 class HeadClasses(NamedTuple):
@@ -92,16 +116,18 @@ class SvgSmartStrategy(AttentionStrategy):
 
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> HeadPatterns:
-        """Orders and masks of both classes of heads."""
+    ) -> HeadPatterns | torch.Tensor:
+        """Orders and masks of both classes of heads; for clusters the blocks that stay, ``[Mq, Mk]`` bool."""
         options = self.parameters
+        size = (options.block_size, options.block_size)
+        if options.variant == "semantic":
+            return forced_blocks(layout, size, diagonal=False).to(device)
         if options.variant == "band":
             patterns = band_patterns(
                 layout, density=options.density, sink=options.sink, block=options.block_size
             )
         else:
             patterns = frame_patterns(layout, diagonal=options.diagonal)
-        size = (options.block_size, options.block_size)
         return head_patterns(layout, patterns, block_size=size, keep=options.keep).to(device)
 
     def attend(
@@ -127,7 +153,7 @@ class SvgSmartStrategy(AttentionStrategy):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """The decision for this call, ``[B, H]`` int64: a recent one of the layer, or a new one."""
-        place = (context.layer_index, context.branch, query.shape[:2], context.layout)
+        place = (context.place, query.shape[:2], context.layout)
         known = self._classes.get(place)
         if (
             known is not None
@@ -148,7 +174,7 @@ class SvgSmartStrategy(AttentionStrategy):
         self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext
     ) -> SparsePattern:
         options = self.parameters
-        place = (context.layer_index, context.branch, query.shape[:2], context.layout)
+        place = (context.place, query.shape[:2], context.layout)
         numbers = ClusterOptions(
             query_clusters=options.query_clusters,
             key_clusters=options.key_clusters,
@@ -161,7 +187,9 @@ class SvgSmartStrategy(AttentionStrategy):
         size = (options.block_size, options.block_size)
         known = self._centroids.get(place)
         previous = known if known is not None and known.step < context.step_index else None
-        pattern, self._centroids[place] = semantic_pattern(query, key, context, numbers, size, previous)
+        pattern, self._centroids[place] = semantic_pattern(
+            query, key, context, numbers, size, self.planned(query, context), previous
+        )
         return pattern
 
 
@@ -171,7 +199,6 @@ def select_patterns(patterns: HeadPatterns, classes: torch.Tensor) -> SparsePatt
     Args:
         patterns (HeadPatterns): what the two classes execute.
         classes (Tensor): ``[B, H]`` int64, 0 spatial and 1 temporal.
-
     """
     masks = patterns.masks
     mask = BlockSparseMask(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask
-from kernels_common import block_sparse_attention, gather_tokens
+from kernels_common import attend_blocks, gather_tokens
 from kernels_common.triton_choice import runs_triton
 from plugins.tome.partition import Partition
 
@@ -136,7 +136,7 @@ def merged_attention(
     value: torch.Tensor,
     bias: torch.Tensor,
     block_mask: BlockSparseMask | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, str]:
     """Attention over merged keys: ``softmax(query key^T / sqrt(D) + bias) value``.
 
     Args:
@@ -148,12 +148,14 @@ def merged_attention(
             kernel (the fastest on a CPU; on a GPU it would have the bias in memory once per query)
 
     Returns:
-        Tensor: ``[B, Hq, Nq, D]``.
+        tuple[Tensor, str]: ``[B, Hq, Nq, D]`` and the backend that ran, ``"sdpa"`` without a ``block_mask``.
     """
     if block_mask is not None:
-        return block_sparse_attention(query, key, value, block_mask, bias=bias)
+        result = attend_blocks(query, key, value, block_mask, bias=bias)
+        return result.output, result.backend
     groups = query.shape[1] // bias.shape[1]
     mask = (bias.repeat_interleave(groups, dim=1) if bias.shape[1] > 1 else bias)[:, :, None]
-    return F.scaled_dot_product_attention(
+    output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
     )
+    return output, "sdpa"

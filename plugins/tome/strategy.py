@@ -12,7 +12,6 @@ from core.context import AttentionContext, Branch
 from core.layout import TokenLayout
 from core.parameters import StrategyParameters
 from core.strategy import AttentionResult, AttentionStrategy, Capabilities, dense_result
-from kernels_common import resolve_backend
 from plugins.tome.matching import Metric, best_destinations, matching_cost
 from plugins.tome.merging import MergeMap, make_merge_map, merge_tokens, merged_attention, unmerge_tokens
 from plugins.tome.partition import Partition, make_partition
@@ -109,7 +108,7 @@ class TomeStrategy(AttentionStrategy):
         given = self.parameters
         partition = make_partition(layout, given.cell, seed=given.seed, local=given.candidates == "local")
         wanted, most = self._wanted(layout), len(partition.sources)
-        if wanted > most:
+        if wanted > most and layout.frames > 1:  # a single frame is dense: all of it are destinations
             logger.warning(
                 "tome: %d tokens were to be merged, but %s has %d sources with cells of %s; all of them are",
                 wanted, layout.describe(), most, given.cell,
@@ -131,11 +130,13 @@ class TomeStrategy(AttentionStrategy):
         key, value = merge_tokens(key, merge_map), merge_tokens(value, merge_map)
         kept = merge_map.merged_length / merge_map.length
         shares = {"merged_length": kept, "matching_cost": cost}
-        if not self.parameters.merge_queries:
-            output, backend = _attend(query, key, value, merge_map, plan)
-            return AttentionResult(output, kept, backend, shares)
         query_map = merge_map.for_heads(query.shape[1])
-        output, backend = _attend(merge_tokens(query, query_map), key, value, merge_map, plan)
+        if self.parameters.merge_queries:
+            query = merge_tokens(query, query_map)
+        mask = None if query.device.type == "cpu" else plan.full_mask(query.shape[2], key.shape[2])
+        output, backend = merged_attention(query, key, value, merge_map.bias(), mask)
+        if not self.parameters.merge_queries:
+            return AttentionResult(output, kept, backend, shares)
         return AttentionResult(unmerge_tokens(output, query_map), kept**2, backend, shares)
 
     def _wanted(self, layout: TokenLayout) -> int:
@@ -169,15 +170,5 @@ class TomeStrategy(AttentionStrategy):
         similarity, best = best_destinations(key, value, partition, metric)
         merge_map = make_merge_map(similarity, best, partition, r, context.layout.sequence_length)
         if self.parameters.gap > 1:
-            self._matched[place] = Matched(merge_map, context.step_index, call)
+            self._matched[context.place] = Matched(merge_map, context.step_index, call)
         return merge_map, matching_cost(query, key, partition, metric)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, merge_map: MergeMap, plan: TomePlan
-) -> tuple[torch.Tensor, str]:
-    """Output and backend: torch's kernel on a CPU, the block-sparse operator with every block elsewhere."""
-    if query.device.type == "cpu":
-        return merged_attention(query, key, value, merge_map.bias()), "sdpa"
-    mask = plan.full_mask(query.shape[2], key.shape[2])
-    return merged_attention(query, key, value, merge_map.bias(), mask), resolve_backend(query, mask)

@@ -1,4 +1,4 @@
-"""Time of every operator of ``kernels_common``, each backend that runs on the device."""
+"""Time of every operator of ``kernels_common``, each backend that runs on the device, and of predictions."""
 
 import pytest
 import torch
@@ -13,6 +13,13 @@ from kernels_common import (
     merge_by_lse,
     scatter_tokens,
 )
+from plugins.svg_smart.patterns import band_patterns, head_patterns
+from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
+from plugins.svg_smart.reference import attention_reference
+from plugins.svg_smart.strategy import select_patterns
+from plugins.tome.matching import best_destinations, best_destinations_torch
+from plugins.tome.merging import make_merge_map
+from plugins.tome.partition import make_partition
 
 BLOCK = (128, 128)
 
@@ -84,3 +91,46 @@ def attend_half(call, part):
     key, value = call.key[:, :, part], call.value[:, :, part]
     mask = BlockSparseMask.full(BLOCK, call.query.shape[2], key.shape[2], call.query.device)
     return block_sparse_attention(call.query, key, value, mask, return_lse=True)
+
+
+@torch.inference_mode()
+def test_classes_of_svg_smart(call, timed):
+    """Judging every head on 32 rows, and the mask and the token order that follow."""
+    layout, tensors = call.context.layout, (call.query, call.key, call.value)
+    band = band_patterns(layout, density=0.25, sink=False, block=BLOCK[0])
+    patterns = head_patterns(layout, band, block_size=BLOCK, keep="fraction").to(call.query.device)
+
+    def errors_of_rows():
+        rows = sample_rows(32, 0, call.context, call.query.device)
+        return rows, pattern_errors(*tensors, rows, patterns)
+
+    def run():
+        _, errors = errors_of_rows()
+        return select_patterns(patterns, (errors[1] < errors[0]).long())
+
+    rows, errors = errors_of_rows()
+    query, key, value = (part[-1:, -1:] for part in tensors)
+    every = torch.ones(1, layout.sequence_length, dtype=torch.bool, device=rows.device)
+    exact = attention_reference(query[:, :, rows], key, value, every)
+    for found, keys in zip(errors[:, -1, -1], allowed_keys(patterns, rows), strict=True):
+        output = attention_reference(query[:, :, rows], key, value, keys)
+        assert found == pytest.approx((output - exact).square().mean().item(), rel=5e-2)
+    timed(run, call, "prediction", sampled_rows=32)
+
+
+@torch.inference_mode()
+def test_matching_of_tome(call, timed):
+    """Every source's best destination, and the groups of the 45 % of the video that are merged."""
+    layout = call.context.layout
+    partition = make_partition(layout, (4, 3, 3), seed=0, local=False).to(call.query.device)
+    r = round(0.45 * layout.video_length)
+
+    def run():
+        similarity, best = best_destinations(call.key, call.value, partition, "kv_norm")
+        return make_merge_map(similarity, best, partition, r, layout.sequence_length)
+
+    expected, _ = best_destinations_torch(call.key[-1:, -1:], call.value[-1:, -1:], partition)
+    found, _ = best_destinations(call.key, call.value, partition, "kv_norm")
+    assert (found[-1:, -1:] - expected).abs().max() < 1e-2
+    assert run().merged_length == layout.sequence_length - r
+    timed(run, call, "prediction", merged=r)

@@ -54,6 +54,25 @@ def test_benchmarks_without_a_group_are_left_out():
     assert tables(run) == text
 
 
+def test_predictions_are_shares_of_one_dense_call():
+    run = json.loads(COMMITTED.read_text())
+    (dense, *_) = [entry for entry in run["benchmarks"] if entry["param"].endswith("-dense")]
+    shape = dense["extra_info"]["shape"]
+    entry = {
+        "group": f"prediction {shape}",
+        "name": f"test_matching_of_tome[{shape}]",
+        "param": shape,
+        "stats": {"median": 0.025 * dense["stats"]["median"]},
+        "extra_info": dense["extra_info"],
+    }
+    text = tables(run)
+    run["benchmarks"].append(entry)
+    (line,) = set(tables(run).splitlines()) & {
+        f"| matching of tome | {25 * dense['stats']['median']:.3f} ms | 2.5% |"
+    }
+    assert line and set(text.splitlines()) < set(tables(run).splitlines())
+
+
 def test_a_file_without_strategies(tmp_path, capsys):
     run = json.loads(COMMITTED.read_text())
     run["benchmarks"] = []

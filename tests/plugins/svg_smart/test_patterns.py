@@ -75,6 +75,7 @@ def test_band_of_the_published_density(layout, half_width, density):
     video, text = layout.video_length, layout.text_length
     band = video * (2 * half_width - 1) - half_width * (half_width - 1)
     assert spatial.pairs() == band + 2 * text * layout.sequence_length - text**2
+    check_executed(layout, [spatial, temporal], density)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,15 @@ def test_density_of_neighbouring_frames(layout, frame_pairs, density):
     assert patterns[0].pairs() == exact
     assert patterns[0].density() == pytest.approx(density, abs=5e-4)
     assert patterns[1].density() == pytest.approx(patterns[0].density(), rel=1e-3)
+    check_executed(layout, patterns, density)
+
+
+def check_executed(layout, patterns, density):
+    """Whole blocks of 128 execute as much as the formula allows, within 1.5 %."""
     executed = head_patterns(layout, patterns, block_size=(128, 128), keep="fraction")
     for blocks in executed.masks.to_blocks()[0]:
         mask = BlockSparseMask.from_blocks(blocks, (128, 128), layout.sequence_length, layout.sequence_length)
-        assert mask.density().item() == pytest.approx(density, abs=0.01)
+        assert float(mask.density()) == pytest.approx(density, rel=0.015)
 
 
 @pytest.mark.parametrize("block", [(4, 8), (8, 4), (16, 16)], ids=str)

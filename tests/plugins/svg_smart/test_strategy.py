@@ -4,40 +4,35 @@ import torch.nn.functional as F
 
 from core import AttentionContext, ParameterError, TokenLayout, available_strategies, create_strategy
 from core.registry import installed
-from core.testing import StrategyConformance, dense_fp64, random_qkv
+from core.testing import dense_fp64, random_qkv
+from harness.structured_inputs import structured_query_key
+from kernels_common.strategy import BlockSparseParameters
 from plugins.svg_smart import strategy as module
 from plugins.svg_smart.presets import PRESETS
 from plugins.svg_smart.reference import attention_reference
-from plugins.svg_smart.strategy import SvgSmartStrategy
+from plugins.svg_smart.strategy import SvgSmartParameters, SvgSmartStrategy
+from tests.plugins.svg_smart.conformance import (
+    BandConformance,
+    FramesConformance,
+    SemanticConformance,
+    SinkConformance,
+)
 
 LAYOUT = TokenLayout(16, 6, 8, 20)
 LAYOUT_TEXT_LAST = TokenLayout(5, 6, 9, 19, text_first=False)
 DEMO = TokenLayout(16, 17, 12, 20)
 
 
-class TestBandConformance(StrategyConformance):
-    strategy = SvgSmartStrategy
-    # The suite probes a call again with other values; the decision of a step then stands.
-    parameters = {"density": 0.95, "block_size": 64, "refresh_every": 2}
-    full_density = {"density": 1.0}
+class TestBand(BandConformance): ...
 
 
-class TestSinkConformance(StrategyConformance):
-    strategy = SvgSmartStrategy
-    parameters = {"density": 0.97, "block_size": 64, "sink": True, "keep": "cover", "refresh_every": 2}
-    full_density = {"density": 1.0}
+class TestSink(SinkConformance): ...
 
 
-class TestFramesConformance(StrategyConformance):
-    strategy = SvgSmartStrategy
-    parameters = {"variant": "frames", "block_size": 64, "refresh_every": 2}
-    full_density = {"diagonal": 100}
+class TestFrames(FramesConformance): ...
 
 
-class TestSemanticConformance(StrategyConformance):
-    strategy = SvgSmartStrategy
-    parameters = {"variant": "semantic", "block_size": 64, "query_clusters": 4, "key_clusters": 8}
-    full_density = {"mass": 1.0}
+class TestSemantic(SemanticConformance): ...
 
 
 def test_registered_through_the_entry_point():
@@ -56,7 +51,16 @@ def executed(strategy, query, classes, layout):
     return pairs
 
 
-@pytest.mark.parametrize("options", [{"density": 0.4}, {"density": 0.6, "sink": True}, {"variant": "frames"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.4},
+        {"density": 0.4, "keep": "cover"},
+        {"density": 0.6, "sink": True},
+        {"variant": "frames"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", [LAYOUT, LAYOUT_TEXT_LAST], ids=TokenLayout.describe)
 def test_output_is_attention_over_the_chosen_blocks(layout, options, monkeypatch):
     errors = torch.tensor([[[0.1, 0.3, 0.2]], [[0.2, 0.2, 0.2]]])  # a tie is spatial
@@ -103,6 +107,41 @@ def test_decisions_are_kept_per_layer_and_dropped_with_the_video(refresh_every, 
         assert len(calls) == judged * video
 
 
+def test_decisions_belong_to_a_place_a_shape_and_a_layout(monkeypatch):
+    calls = []
+    original = module.pattern_errors
+    monkeypatch.setattr(module, "pattern_errors", lambda *a: calls.append(1) or original(*a))
+    strategy = SvgSmartStrategy(block_size=64, density=0.5, refresh_every=100)
+    turned = TokenLayout(16, 6, 20, 8)  # as many tokens
+    for number, (layout, batch, place) in enumerate(
+        [
+            (LAYOUT, 1, {}),
+            (LAYOUT, 1, {"branch": "cond"}),
+            (LAYOUT, 1, {"branch": "uncond"}),
+            (LAYOUT, 1, {"branch": "uncond", "call_in_step": 1}),
+            (LAYOUT, 2, {}),
+            (turned, 1, {}),
+        ],
+        start=1,
+    ):
+        for step in (3, 4):
+            tensors = random_qkv(layout, batch=batch)
+            strategy(*tensors, AttentionContext(layout, step_index=step, **place))
+        assert len(calls) == number
+    strategy(*random_qkv(LAYOUT), AttentionContext(LAYOUT, step_index=5))
+    assert len(calls) == number
+
+
+def test_an_earlier_step_is_judged_anew(monkeypatch):
+    calls = []
+    original = module.pattern_errors
+    monkeypatch.setattr(module, "pattern_errors", lambda *a: calls.append(1) or original(*a))
+    strategy = SvgSmartStrategy(block_size=64, density=0.5, refresh_every=3)
+    for step, judged in ((5, 1), (7, 1), (4, 2), (6, 2), (7, 3)):
+        strategy(*random_qkv(LAYOUT), AttentionContext(LAYOUT, step_index=step))
+        assert len(calls) == judged
+
+
 def test_a_shared_batch_has_one_decision_per_head(monkeypatch):
     errors = torch.tensor([[[0.1, 0.5], [0.5, 0.1]], [[0.2, 0.2], [0.2, 0.2]]])
     monkeypatch.setattr(module, "pattern_errors", lambda *_: errors)
@@ -112,37 +151,6 @@ def test_a_shared_batch_has_one_decision_per_head(monkeypatch):
         output = strategy(query, key, value, AttentionContext(LAYOUT))
         assert strategy.report().shares_by_layer["temporal_heads"][0][0] == expected
         assert torch.equal(output[0], output[1]) == share
-
-
-def test_semantic_order_follows_the_content():
-    """Tokens in clusters that attend to themselves: a fraction of the blocks holds all of the attention."""
-    generator = torch.Generator().manual_seed(0)
-    group = torch.randint(0, 8, (LAYOUT.sequence_length,), generator=generator)
-    codes = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0][:8] * 12
-    noise = [0.1 * torch.randn(1, 2, LAYOUT.sequence_length, 64, generator=generator) for _ in range(3)]
-    query, key = codes[group] + noise[0], codes[group] + noise[1]
-    value = torch.randn(1, 2, LAYOUT.sequence_length, 64, generator=generator)
-    strategy = SvgSmartStrategy(
-        variant="semantic", block_size=64, query_clusters=16, key_clusters=16, least_share=0.0
-    )
-    output = strategy(query, key, value, AttentionContext(LAYOUT))
-    exact = dense_fp64(query, key, value)
-    assert strategy.report().density < 0.6
-    assert (output - exact).norm() < 0.05 * exact.norm()
-
-
-def test_semantic_centroids_are_kept_per_layer(monkeypatch):
-    starts = []
-    original = module.semantic_pattern
-    monkeypatch.setattr(module, "semantic_pattern", lambda *a: starts.append(a[-1] is None) or original(*a))
-    tensors = random_qkv(LAYOUT)
-    strategy = SvgSmartStrategy(variant="semantic", block_size=64, query_clusters=4, key_clusters=4)
-    for _ in range(2):
-        strategy.start_video()
-        for step in range(2):
-            for layer in range(2):
-                strategy(*tensors, AttentionContext(LAYOUT, layer, 2, step, 2))
-    assert starts == [True, True, False, False] * 2
 
 
 def test_one_frame_is_dense():
@@ -157,9 +165,14 @@ def test_one_frame_is_dense():
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_presets_are_registered_and_run(preset):
     assert installed().preset("svg-smart", preset.name) == preset
-    strategy = create_strategy("svg-smart", preset=preset.name)
-    query = torch.zeros(1, 1, DEMO.sequence_length, 64)
-    assert 0.2 < float(strategy.planned(query, AttentionContext(DEMO)).masks.density()) < 0.5
+    strategy = create_strategy("svg-smart", preset=preset.name, block_size=64)
+    for name, value in preset.parameters.items():
+        assert name == "block_size" or getattr(strategy.parameters, name) == value
+    generator = torch.Generator().manual_seed(0)
+    query, key = structured_query_key(DEMO, 1, 4, 64, generator)
+    output = strategy(query, key, query, AttentionContext(DEMO, 20, 30, 20, 50))
+    assert torch.isfinite(output).all()
+    assert 0.2 < strategy.report().density < 0.42 and not strategy.report().dense_calls
 
 
 @pytest.mark.parametrize(
@@ -169,7 +182,10 @@ def test_presets_are_registered_and_run(preset):
         ({"variant": "spatial"}, "variant: Input should be 'band', 'frames' or 'semantic'"),
         ({"sampled_rows": 0}, "sampled_rows"),
         ({"mass": 1.5}, "mass"),
-        ({"variant": "semantic", "refresh_every": 3}, "refresh_every belongs to the variants"),
+        (
+            {"variant": "semantic", "refresh_every": 3},
+            "refresh_every is read by variant 'band' or 'frames', not by 'semantic'; .* default 1",
+        ),
         ({"densit": 1}, "unknown parameter 'densit', did you mean 'density'"),
     ],
     ids=str,
@@ -177,3 +193,45 @@ def test_presets_are_registered_and_run(preset):
 def test_wrong_parameters_are_refused(wrong, message):
     with pytest.raises(ParameterError, match=message):
         SvgSmartStrategy(**wrong)
+
+
+def test_every_parameter_is_read_by_some_variant():
+    own = set(SvgSmartParameters.model_fields) - set(BlockSparseParameters.model_fields) - {"variant"}
+    assert own == {name for names in SvgSmartParameters.read_by["variant"].values() for name in names}
+
+
+@pytest.mark.parametrize("variant", SvgSmartParameters.read_by["variant"])
+def test_parameters_that_are_not_read_are_refused(variant):
+    other = {
+        "density": 0.5,
+        "sink": True,
+        "diagonal": 2,
+        "keep": "cover",
+        "sampled_rows": 8,
+        "refresh_every": 2,
+        "share_batch": True,
+        "query_clusters": 8,
+        "key_clusters": 8,
+        "mass": 0.5,
+        "least_share": 0.2,
+        "first_iterations": 3,
+        "iterations": 3,
+        "seed": 1,
+    }
+    for name, value in other.items():
+        if name in SvgSmartParameters.read_by["variant"][variant]:
+            assert getattr(SvgSmartStrategy(variant=variant, **{name: value}).parameters, name) == value
+            continue
+        with pytest.raises(ParameterError, match=f"{name} is read by variant .*, not by '{variant}'; "):
+            SvgSmartStrategy(variant=variant, **{name: value})
+        default = SvgSmartParameters.model_fields[name].default
+        SvgSmartStrategy(variant=variant, **{name: default})
+
+
+def test_a_preset_of_another_variant_is_named():
+    with pytest.raises(
+        ParameterError, match=r"density is read by variant 'band', not by 'frames'; .* default 0\.25"
+    ):
+        create_strategy("svg-smart", preset="demo", variant="frames")
+    strategy = create_strategy("svg-smart", preset="demo", variant="frames", density=0.25)
+    assert strategy.parameters.variant == "frames"

@@ -157,6 +157,26 @@ def test_strategy_on_a_gpu_equals_a_cpu(make_tokens, metric, merge_queries):
 
 
 @on_gpu
+@pytest.mark.parametrize("merge_queries", [False, True])
+def test_the_backend_of_the_report_is_the_one_that_ran(make_tokens, merge_queries, monkeypatch):
+    """Many tokens in bf16 with whole blocks: on Hopper a call without a bias would go to another backend."""
+    from kernels_common import block_sparse_attention as module
+
+    ran = []
+    original = module.block_sparse_attention_op
+    monkeypatch.setattr(
+        module,
+        "block_sparse_attention_op",
+        lambda *arguments: ran.append(arguments[-1]) or original(*arguments),
+    )
+    layout = TokenLayout(7, 6, 18, 20)
+    tensors = [make_tokens(layout, torch.bfloat16, heads=4) for _ in range(3)]
+    strategy = TomeStrategy(ratio=0.2, merge_queries=merge_queries)
+    strategy(*tensors, AttentionContext(layout))
+    assert strategy.report().backends == {ran[0]: 1} and len(ran) == 1
+
+
+@on_gpu
 def test_calls_do_not_synchronise(make_tokens):
     layout = TokenLayout(7, 6, 9, 10)
     tensors = [make_tokens(layout, torch.bfloat16, heads=4) for _ in range(3)]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from core import BlockSparseMask, TokenLayout
 from core.testing import random_qkv
+from kernels_common import block_sparse_backends
 from plugins.tome.matching import best_destinations
 from plugins.tome.merging import (
     MergeMap,
@@ -154,8 +155,9 @@ def test_bias_in_the_operator_equals_a_mask_in_memory(make_map, generator, heads
         key, value = key.expand(-1, 2, -1, -1), value.expand(-1, 2, -1, -1)
     lengths = (layout.sequence_length, merge_map.merged_length)
     mask = BlockSparseMask.full((64, 64), *lengths)
-    output = merged_attention(query, key, value, merge_map.bias(), mask)
-    other = merged_attention(query, key, value, merge_map.bias())
+    output, backend = merged_attention(query, key, value, merge_map.bias(), mask)
+    other, plain = merged_attention(query, key, value, merge_map.bias())
+    assert (backend, plain) == ("torch", "sdpa")
     assert (merge_map.bias() - merge_map.counts().double().log()).abs().max() < 2.0**-21
     repeated = (part.repeat_interleave(2, 1) for part in (key, value))
     columns = merge_map.bias().expand(-1, 2, -1).repeat_interleave(2, 1)[:, :, None]
@@ -172,10 +174,24 @@ def test_a_block_mask_over_merged_keys(make_map, generator):
     blocks = torch.rand(6, 3, generator=generator) < 0.5
     blocks[:, 0] = True
     mask = BlockSparseMask.from_blocks(blocks, (64, 64), *lengths)
-    output = merged_attention(query, key, value, merge_map.bias(), mask)
+    output, _ = merged_attention(query, key, value, merge_map.bias(), mask)
     scores = query @ key.mT / 8 + merge_map.bias()[:, :, None]
     expected = scores.masked_fill(~mask.to_dense(), float("-inf")).softmax(-1) @ value
     assert (output - expected).abs().max() < 1e-5
+
+
+def test_the_backend_is_that_of_a_call_with_a_bias(make_map, monkeypatch):
+    """As on a Hopper GPU, whose faster form has no bias."""
+    monkeypatch.setattr(
+        block_sparse_backends,
+        "_fastest",
+        lambda query, mask, features: "reference" if features.bias else "gluon",
+    )
+    merge_map, _ = make_map(LAYOUT, 50, batch=1, heads=2)
+    query, key, value = random_qkv(LAYOUT)
+    key, value = merge_tokens(key, merge_map), merge_tokens(value, merge_map)
+    mask = BlockSparseMask.full((64, 64), LAYOUT.sequence_length, merge_map.merged_length)
+    assert merged_attention(query, key, value, merge_map.bias(), mask)[1] == "reference"
 
 
 @pytest.mark.parametrize("metric", ["kv_norm", "k"])
@@ -192,7 +208,7 @@ def test_merged_duplicates_are_exact(metric, r, generator):
     assert torch.equal(place, pairs.expand_as(place))
     merge_map = make_merge_map(similarity, place, partition, min(r, len(pairs)), LAYOUT.sequence_length)
     merged = (merge_tokens(part, merge_map) for part in (key, value))
-    output = merged_attention(query, *merged, merge_map.bias())
+    output, _ = merged_attention(query, *merged, merge_map.bias())
     assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-5
 
 

@@ -94,13 +94,13 @@ def test_without_merging_it_is_the_dense_call_bit_by_bit(none, merge_queries):
 @pytest.mark.parametrize(
     "layout", [TokenLayout(7, 1, 5, 6), TokenLayout(0, 2, 5, 7)], ids=TokenLayout.describe
 )
-def test_one_and_two_frames(layout):
+def test_one_and_two_frames(layout, caplog):
     query, key, value = random_qkv(layout)
     strategy = TomeStrategy(ratio=0.3, cell=CELL)
     output = run(strategy, (query, key, value), layout=layout)
     if layout.frames == 1:  # all of frame 0 is destinations
         assert torch.equal(output, F.scaled_dot_product_attention(query, key, value))
-        assert strategy.report().density == 1.0
+        assert strategy.report().density == 1.0 and not caplog.records
     else:
         assert torch.isfinite(output).all() and strategy.report().density == (70 - 21) / 70
 
@@ -156,6 +156,15 @@ def test_more_than_there_are_sources_merges_all_and_says_so(caplog):
     assert strategy.report().density == (LAYOUT.sequence_length - sources) / LAYOUT.sequence_length
     assert len(caplog.records) == 1
     assert f"300 tokens were to be merged, but 7 text + 5x7x9 video = 322 tokens has {sources}" in caplog.text
+
+
+def test_the_backend_is_that_of_the_call(monkeypatch):
+    original = module.merged_attention
+    monkeypatch.setattr(module, "merged_attention", lambda *arguments: (original(*arguments)[0], "what ran"))
+    for merge_queries in (False, True):
+        strategy = TomeStrategy(cell=CELL, merge_queries=merge_queries)
+        run(strategy, random_qkv(LAYOUT))
+        assert strategy.report().backends == {"what ran": 1}
 
 
 def test_the_error_grows_with_r():
