@@ -27,6 +27,7 @@ PRESETS: tuple[Preset, ...] = (
             ("demo-fast", "few pairs"),
             ("demo", "balanced"),
             ("demo-fine", "close to dense"),
+            ("demo-quick", "chosen by time on a CPU"),
         )
     ),
 )
