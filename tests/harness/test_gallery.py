@@ -48,6 +48,22 @@ class TestBuild:
             assert row.video in page.read_text()
             assert row.frames is None
 
+    def test_many_shares_of_a_strategy_are_folded_and_few_are_open(self, run_dir, tmp_path):
+        results = run_dir / "results.jsonl"
+        rows = [json.loads(line) for line in results.read_text().splitlines()]
+        for row in rows:
+            if row["strategy"] != "dense":
+                row["shares_by_layer"] = {f"share {number}": [[0.5]] for number in range(3)}
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page = gallery.build(run_dir, tmp_path / "few").read_text()
+        assert '<details class="shares" open>' in page and ": 3 further shares</summary>" in page
+        for row in rows:
+            if row["strategy"] != "dense":
+                row["shares_by_layer"]["a < b"] = [[1.0]]
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page = gallery.build(run_dir, tmp_path / "many").read_text()
+        assert '<details class="shares">' in page and "<figcaption>a &lt; b<output>" in page
+
     def test_run_stays_as_it_was(self, shared_run, tmp_path):
         before = content(shared_run)
         gallery.build(shared_run, tmp_path / "gallery")
