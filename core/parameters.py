@@ -73,7 +73,7 @@ class StrategyParameters(BaseModel):
         written = "None (null on a command line)" if default is None else f"{default!r}"
         return (
             f"{name} is read by {chooser} {able}, not by '{chosen}'; take such a {chooser}, or leave {name} "
-            f"at its default {written}, to which a preset's value must be set back"
+            f"at its default {written} (where a preset sets it, give that value beside the preset)"
         )
 
     @classmethod

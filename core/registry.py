@@ -95,6 +95,8 @@ class Registry:
             StrategyNotFoundError: no such preset; the message lists the known ones.
             PluginConflictError: two plugins register that preset; the message names both.
         """
+        if not isinstance(name, str):
+            raise StrategyNotFoundError(f"a preset is asked for by its name, got {name!r}")
         self._refuse_conflict("preset", (strategy, name))
         if (strategy, name) in self._presets:
             return self._presets[strategy, name]

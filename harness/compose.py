@@ -245,6 +245,8 @@ def _print_summary(assignment: HeadAssignment, path: Path) -> None:
             f"  held out: density {one['density']:.3f}, {one['psnr_db']:.2f} dB, error of the latents "
             f"{one['error']:.3f}, of attention {one['attention_error']:.3f}  {one['prompt']}"
         )
+    if [one.strategy for one in assignment.candidates] == [DENSE]:
+        print("  every head is dense: within this budget no candidate is cheaper")
     print(f"  use it with combined:assignment={path}")
 
 

@@ -249,7 +249,7 @@ def try_out(model: LoadedModel, prompt: str, paths: Sequence[Path]) -> list[dict
                 "attention_error": round(error, 5),
             }
         )
-        print(f"held out, {strategy.parameters.assignment}: {results[-1]}", flush=True)
+        print(f"held out, {strategy.parameters.assignment}, {prompt}", flush=True)
     return results
 
 

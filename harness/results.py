@@ -252,7 +252,10 @@ def _split(path: Path) -> tuple[list[bytes], bytes]:
     """Finished lines, and what follows the last newline."""
     if not path.exists():
         return [], b""
-    *lines, tail = path.read_bytes().split(b"\n")
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}") from None
     return lines, tail
 
 

@@ -7,7 +7,7 @@ keys of a head, with second moments C_q and C_k, the mean squared error is ``tr(
 Shape letters: B batch, H key heads, N tokens, D head dimension, R directions.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from core.errors import LayoutError, ParameterError
 
 Projection = Literal["none", "optimal", "pca", "channels", "random"]
+PROJECTION_READS = {name: () if name == "none" else ("directions",) for name in get_args(Projection)}
+"""Parameters that a strategy's ``projection`` reads, for `core.StrategyParameters.read_by`."""
 POWER_ITERATIONS = 4
 RIDGE = 1e-6  # on second moments whose inverse is taken, in units of their mean eigenvalue
 GRAM_RIDGE = 1e-12  # the same where columns are made orthonormal; less, and rounding in fp64 could reach 0

@@ -14,6 +14,7 @@ from core.random import call_generator
 from core.strategy import Capabilities
 from kernels_common.permutation import gather_tokens
 from kernels_common.pooled_attention import POOLED_BACKENDS
+from kernels_common.score_projection import PROJECTION_READS
 from kernels_common.selection import lists_from_levels, select_mass, select_top_k
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
 from plugins.gilbert_block.importance import Estimator, Projection, block_importance
@@ -80,10 +81,7 @@ class GilbertBlockParameters(BlockSparseParameters):
             "mass": ("bounds", "min_ratio", "similarity_thresholds"),
         },
         "importance": {"sum": ("samples", "seed"), "max": ("samples", "seed"), "mean": ()},
-        "projection": {
-            "none": (),
-            **dict.fromkeys(("optimal", "pca", "channels", "random"), ("directions",)),
-        },
+        "projection": PROJECTION_READS,
     }
 
     order: Literal["gilbert", "model"] = Field("gilbert", description="order of the tokens in blocks")

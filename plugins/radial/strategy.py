@@ -1,5 +1,6 @@
 """RadialStrategy: a fixed block mask whose bands narrow with the distance between frames."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,6 +46,10 @@ class RadialParameters(BlockSparseParameters):
         use_sage_attention (bool): INT8 scores and FP8 values (SageAttention, arXiv 2411.10958); gradients are
             then not available. Default: False
     """
+
+    read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {
+        "keep": {"cover": (), "fraction": ("threshold",), "strict": ()}
+    }
 
     sparsity_type: Literal["radial", "dense"] = Field("radial", description="radial mask, or dense attention")
     rule: Literal["cogvideox", "official", "paper"] = Field("cogvideox", description="half-width of the band")

@@ -1,6 +1,6 @@
 """SpargeStrategy: block sparsity predicted from mean tokens at every call."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
 from core.strategy import Capabilities
 from kernels_common.gilbert import gilbert_order
-from kernels_common.score_projection import Projection
+from kernels_common.score_projection import PROJECTION_READS, Projection
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
 from plugins.sparge.loading import load_calibration
 from plugins.sparge.precision import resolve_quantization
@@ -52,6 +52,8 @@ class SpargeParameters(BlockSparseParameters):
         block_size (int): tokens of a query block, 64 or 128. Default: 128
         key_block_size (int): tokens of a key block, 64 or 128. Default: 64
     """
+
+    read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {"projection": PROJECTION_READS}
 
     density: float | None = Field(None, gt=0, le=1, description="executed share of all blocks")
     topk: float | None = Field(None, gt=0, le=1, description="share of the key blocks that every row keeps")

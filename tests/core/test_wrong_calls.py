@@ -53,6 +53,11 @@ CALLS = {
     ),
     "a context of numbers": (lambda: AttentionContext((0, 2, 8, 8)), LayoutError, "must be a TokenLayout"),
     "a generator of nothing": (lambda: call_generator(0, None, "cpu"), LayoutError, "got NoneType"),
+    "a preset by number": (
+        lambda: create_strategy("dense", preset=3),
+        StrategyNotFoundError,
+        "by its name, got 3",
+    ),
     "no strategy": (lambda: create_strategy(None), StrategyNotFoundError, "by its name"),
     "blocks in a list": (
         lambda: BlockSparseMask.from_blocks([[True]], (64, 64), 64, 64),

@@ -156,3 +156,8 @@ def test_run_json_round_trip(tmp_path):
         read_run(tmp_path)
     with pytest.raises(ResultsError, match="does not exist"):
         read_run(tmp_path / "elsewhere")
+
+
+def test_a_folder_in_the_place_of_results_is_one_line(tmp_path):
+    with pytest.raises(ResultsError, match="cannot read .*: Is a directory"):
+        read_rows(tmp_path)

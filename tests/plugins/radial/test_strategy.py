@@ -202,6 +202,7 @@ def test_demo_preset_leaves_out_more_than_half():
         ({"decay_factor": float("inf")}, "decay_factor"),
         ({"threshold": 0}, "threshold"),
         ({"threshold": 1.1}, "threshold"),
+        ({"keep": "cover", "threshold": 0.4}, "threshold is read by keep 'fraction', not by 'cover'"),
         ({"keep": "most"}, "keep: Input should be 'cover', 'fraction' or 'strict'"),
         ({"rule": "wan"}, "rule: Input should be 'cogvideox', 'official' or 'paper'"),
         ({"sparsity_type": "log"}, "sparsity_type: Input should be 'radial' or 'dense'"),

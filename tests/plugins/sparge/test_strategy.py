@@ -266,6 +266,7 @@ def test_presets_are_registered_and_run(preset):
         ({"topk": 0.5, "cdf": 0.9}, "give one of density, topk, cdf"),
         ({"topk": 0}, "topk"),
         ({"cdf": 1.5}, "cdf"),
+        ({"directions": 32}, "directions is read by projection 'optimal' .*, not by 'none'"),
         ({"similarity_threshold": -0.1}, "similarity_threshold"),
         ({"key_block_size": 32}, "key_block_size"),
         ({"quantization": "int4"}, "quantization"),
