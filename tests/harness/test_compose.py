@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -214,7 +215,7 @@ def test_the_cheapest_by_the_cost_that_was_asked_for(cost, chosen_label):
     damages = torch.tensor([0.0, 1e-4, 1e-4], dtype=torch.float64).expand(shape)
     densities = torch.tensor([1.0, 0.9, 0.1], dtype=torch.float64).expand(1, 2, 3)
     tables = Tables(damages.sqrt(), damages, densities, torch.tensor([4.0, 1.0, 3.0], dtype=torch.float64))
-    facts = {"layout": {}, "head_dim": 64}
+    facts = {"layout": asdict(TokenLayout(0, 1, 2, 2)), "head_dim": 64}
     measured = composition_runs.Measured(tables, damages, torch.zeros(3, dtype=torch.float64), facts)
     config = SimpleNamespace(
         candidates=[Candidate(label=label, strategy="dense", parameters={}) for label in labels],

@@ -47,7 +47,6 @@ def test_what_the_file_leaves_to_the_strategy_is_the_strategys(write, layer):
         {"order": "gilbert"},
         {"attention_sink": True},
         {"projection": "random"},
-        {"directions": 32},
         {"similarity_threshold": 0.5},
         {"skip_threshold": 10.0},
         {"quantization": "int8_fp8"},
