@@ -10,6 +10,7 @@ process, 2 bad input, 130 stopped with Ctrl-C.
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -55,7 +56,8 @@ class Check:
 
     def __str__(self) -> str:
         block = "x".join(map(str, self.block_size)) if self.block_size else ""
-        return f"{self.family:14} {self.operator:24.24} {self.dtype} D{self.head_dim:<3} {block:7}"
+        operator = textwrap.shorten(self.operator, 24, placeholder="...")
+        return f"{self.family:14} {operator:24} {self.dtype} D{self.head_dim:<3} {block:7}"
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels_common.triton_launch import LOG2_E, aligned, descriptor
+from kernels_common.triton_launch import LOG2_E, aligned, load_tile, reads_pointers, tile_source
 
 
 @triton.jit
-def _scores(query_tile, key_desc, batch, kv_head, start_n, key_length, BLOCK_D: tl.constexpr,
-            TILE_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _scores(
+    query_tile, key_source, key_strides, batch, kv_head, start_n, key_length, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE_N: tl.constexpr, POINTERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Unscaled scores ``[M, N]`` of one key tile, -inf past the keys."""
-    key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+    key_tile = load_tile(
+        key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
     scores = tl.dot(query_tile, key_tile.T, input_precision=PRECISION)
     if start_n + TILE_N > key_length:
         columns = start_n + tl.arange(0, TILE_N)
@@ -31,8 +35,10 @@ def _scores(query_tile, key_desc, batch, kv_head, start_n, key_length, BLOCK_D: 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_blocks", "key_blocks", "scale_log2"])
 def pooled_softmax_kernel(
-    query_desc,
-    key_desc,
+    query_source,
+    query_strides,
+    key_source,
+    key_strides,
     importance_ptr,
     query_length,
     key_length,
@@ -41,12 +47,14 @@ def pooled_softmax_kernel(
     scale_log2,
     HEADS: tl.constexpr,
     KV_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     SAMPLES_M: tl.constexpr,
     SAMPLES_N: tl.constexpr,
     MAXIMUM: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Importance rows of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -57,13 +65,16 @@ def pooled_softmax_kernel(
     blocks_m: tl.constexpr = TILE_M // SAMPLES_M
     blocks_n: tl.constexpr = TILE_N // SAMPLES_N
 
-    query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    query_tile = load_tile(
+        query_source, query_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
     peak = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE_M], dtype=tl.float32)
     for start_n in range(0, key_length, TILE_N):
         scores = _scores(
-            query_tile, key_desc, batch, kv_head, start_n, key_length, BLOCK_D, TILE_N, PRECISION
-        )
+            query_tile, key_source, key_strides, batch, kv_head, start_n, key_length, HEAD_DIM, BLOCK_D,
+            TILE_N, POINTERS, PRECISION,
+        )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(scores * scale_log2 - new_peak[:, None]), 1)
         peak = new_peak
@@ -76,8 +87,9 @@ def pooled_softmax_kernel(
     base = importance_ptr + (entry.to(tl.int64) * query_blocks + rows[:, None]) * key_blocks
     for start_n in range(0, key_length, TILE_N):
         scores = _scores(
-            query_tile, key_desc, batch, kv_head, start_n, key_length, BLOCK_D, TILE_N, PRECISION
-        )
+            query_tile, key_source, key_strides, batch, kv_head, start_n, key_length, HEAD_DIM, BLOCK_D,
+            TILE_N, POINTERS, PRECISION,
+        )  # fmt: skip
         cells = scores.reshape(TILE_M, blocks_n, SAMPLES_N)
         if MAXIMUM:
             weights = tl.exp2(tl.max(cells, 2) * scale_log2 - peak[:, None]) * share  # [M, Q]
@@ -119,14 +131,16 @@ def pooled_softmax_triton(
     importance = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     config = select_config(block_d, samples, query.dtype)
-    query, key = aligned(query), aligned(key)
+    query, key, pointers = aligned(query), aligned(key), reads_pointers(query)
     with torch.cuda.device_of(query):
         pooled_softmax_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
-            descriptor(query, config.tile_m, block_d), descriptor(key, config.tile_n, block_d), importance,
+            *tile_source(query, config.tile_m, block_d, pointers),
+            *tile_source(key, config.tile_n, block_d, pointers), importance,
             queries, key.shape[2], query_blocks, key_blocks, scale * LOG2_E.value,
-            HEADS=heads, KV_GROUP=heads // key.shape[1], BLOCK_D=block_d,
+            HEADS=heads, KV_GROUP=heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
             TILE_M=config.tile_m, TILE_N=config.tile_n, SAMPLES_M=samples[0], SAMPLES_N=samples[1],
-            MAXIMUM=maximum, PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+            MAXIMUM=maximum, POINTERS=pointers,
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return importance

@@ -17,6 +17,14 @@ from kernels_common.block_sparse_operator import (
     block_sparse_attention_quantized_op,
 )
 from kernels_common.tensor_checks import check_extras, check_mask, check_tensors, resolve_scale
+from kernels_common.token_orders import (
+    TokenOrders,
+    check_orders,
+    gather_bias,
+    gather_call,
+    scatter_lse,
+    scatter_output,
+)
 
 
 class BlockSparseOutput(NamedTuple):
@@ -24,13 +32,13 @@ class BlockSparseOutput(NamedTuple):
 
     Args:
         output (Tensor): ``[B, Hq, Nq, D]`` in the dtype and memory order of the query.
-        lse (Tensor): natural log-sum-exp of the scores, ``[B, Hq, Nq]`` fp32.
+        lse (Tensor, Optional): natural log-sum-exp of the scores, ``[B, Hq, Nq]`` fp32, if asked for.
         backend (str): the backend that ran.
         skipped (Tensor, Optional): tiles that ``skip_threshold`` left out, ``[B, Hq, Mq]`` int32.
     """
 
     output: torch.Tensor
-    lse: torch.Tensor
+    lse: torch.Tensor | None
     backend: str
     skipped: torch.Tensor | None = None
 
@@ -45,6 +53,8 @@ def block_sparse_attention(
     scale: float | None = ...,
     key_lengths: torch.Tensor | None = ...,
     bias: torch.Tensor | None = ...,
+    query_order: torch.Tensor | None = ...,
+    key_order: torch.Tensor | None = ...,
     causal: bool = ...,
     quantization: str = ...,
     return_lse: Literal[False] = ...,
@@ -62,6 +72,8 @@ def block_sparse_attention(
     scale: float | None = ...,
     key_lengths: torch.Tensor | None = ...,
     bias: torch.Tensor | None = ...,
+    query_order: torch.Tensor | None = ...,
+    key_order: torch.Tensor | None = ...,
     causal: bool = ...,
     quantization: str = ...,
     return_lse: Literal[True],
@@ -78,6 +90,8 @@ def block_sparse_attention(
     scale: float | None = None,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    query_order: torch.Tensor | None = None,
+    key_order: torch.Tensor | None = None,
     causal: bool = False,
     quantization: str = "none",
     return_lse: bool = False,
@@ -103,6 +117,12 @@ def block_sparse_attention(
         bias (Tensor, Optional): ``[B or 1, 1 or Hkv or Hq, Nk]`` floats added to the scaled scores of every
             query, in natural log units: ``log(n)`` for a key that stands for n merged tokens, -inf for a
             key to leave out. Used in fp32. Default: none
+        query_order (Tensor, Optional): permutation ``[Nq]`` or ``[B or 1, Hq or 1, Nq]``, int32 or int64: the
+            mask is about a sequence whose place i holds query ``query_order[i]``. Output and log-sum-exp stay
+            in the order of ``query``. It is trusted. Not with ``causal`` or ``key_lengths``. Default: places
+            are tokens
+        key_order (Tensor, Optional): the same for ``key``, ``value`` and ``bias``, ``[Nk]`` or
+            ``[B or 1, Hkv or 1, Nk]``. Default: places are tokens
         causal (bool): query i sees keys up to ``i + Nk - Nq`` only; with equal lengths no later key. Kept
             blocks behind that are computed for nothing: leave them out of the mask. Default: False
         quantization (str): ``"none"``; ``"int8_fp8"``, INT8 query and key with FP8 weights and value;
@@ -121,10 +141,11 @@ def block_sparse_attention(
         UnsupportedCallError: the backend does not support the call, or there is no gradient for it.
     """
     result = attend_blocks(
-        query, key, value, block_mask, scale=scale, key_lengths=key_lengths, bias=bias, causal=causal,
-        quantization=quantization, backend=backend,
+        query, key, value, block_mask, scale=scale, key_lengths=key_lengths, bias=bias,
+        query_order=query_order, key_order=key_order, causal=causal, quantization=quantization,
+        return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    return (result.output, result.lse) if return_lse else result.output
+    return result.output if result.lse is None else (result.output, result.lse)
 
 
 def attend_blocks(
@@ -136,9 +157,12 @@ def attend_blocks(
     scale: float | None = None,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    query_order: torch.Tensor | None = None,
+    key_order: torch.Tensor | None = None,
     causal: bool = False,
     quantization: str = "none",
     skip_threshold: torch.Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
 ) -> BlockSparseOutput:
     """:func:`block_sparse_attention` with everything that is known about the call.
@@ -152,24 +176,50 @@ def attend_blocks(
     The other arguments and the errors are those of :func:`block_sparse_attention`.
 
     Returns:
-        BlockSparseOutput: output, log-sum-exp, backend, and with ``skip_threshold`` the skipped tiles.
+        BlockSparseOutput: output and backend; the log-sum-exp with ``return_lse``, the skipped tiles with
+        ``skip_threshold``.
     """
     check_tensors(query, key, value)
     check_mask(query, key, block_mask)
     check_extras(query, key, key_lengths, bias)
+    orders = TokenOrders(query_order, key_order)
+    check_orders(query, key, orders, key_lengths, causal)
     features = _features(query, key_lengths, bias, causal, quantization, skip_threshold)
     _check_gradients(query, key, value, bias, features)
     scale = resolve_scale(scale, query.shape[3])
     backend = resolve_backend(query, block_mask, backend, features)
-    tensors = (query, key, value, block_mask.counts, block_mask.indices, key_lengths, bias)
+    bias = gather_bias(bias, orders)
+    in_loads = TokenOrders()
+    if orders.given and _reads_orders(query, key, value, features, backend):
+        orders, in_loads = in_loads, orders
+    tensors = gather_call(query, key, value, orders)
+    lists = (block_mask.counts, block_mask.indices, key_lengths, bias)
     sizes = (*block_mask.block_size, scale)
-    if quantization == "none" and skip_threshold is None:
-        output, lse = block_sparse_attention_op(*tensors, *sizes, causal, backend)
-        return BlockSparseOutput(output, lse, backend)
-    output, lse, skipped = block_sparse_attention_quantized_op(
-        *tensors, skip_threshold, *sizes, quantization, backend
+    if features.exact:
+        output, lse = block_sparse_attention_op(*tensors, *lists, *in_loads, *sizes, causal, backend)
+        skipped = None
+    else:
+        output, lse, skipped = block_sparse_attention_quantized_op(
+            *tensors, *lists, skip_threshold, *sizes, quantization, backend
+        )
+    return BlockSparseOutput(
+        scatter_output(output, orders.query, query),
+        scatter_lse(lse, orders.query) if return_lse else None,
+        backend,
+        skipped if features.skip else None,
     )
-    return BlockSparseOutput(output, lse, backend, skipped if features.skip else None)
+
+
+def _reads_orders(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: CallFeatures, backend: str
+) -> bool:
+    """Whether the kernel reads tokens through their order; gradients are those of the copies."""
+    if backend != "triton" or not features.exact:
+        return False
+    from kernels_common.triton_launch import reads_pointers
+
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    return not wants_grad and (query.device.type != "cuda" or reads_pointers(query))
 
 
 def _features(
@@ -210,8 +260,7 @@ def _check_gradients(
         return
     if bias is not None and bias.requires_grad:
         raise UnsupportedCallError("block_sparse_attention gives no gradient for bias; pass bias.detach()")
-    exact = features.quantization == "none" and not features.skip
-    if not exact and any(tensor.requires_grad for tensor in (query, key, value)):
+    if not features.exact and any(tensor.requires_grad for tensor in (query, key, value)):
         raise UnsupportedCallError(
             f"block_sparse_attention has no backward with {features.extra}; call it under torch.no_grad() or "
             "leave that out"

@@ -35,6 +35,11 @@ class CallFeatures(NamedTuple):
     skip: bool = False
 
     @property
+    def exact(self) -> bool:
+        """Whether operands keep their precision and every tile is computed."""
+        return self.quantization == "none" and not self.skip
+
+    @property
     def extra(self) -> str | None:
         """The first feature beyond plain attention in the inputs' precision, by its argument's name."""
         named = (
@@ -99,14 +104,14 @@ def _fastest(query: torch.Tensor, block_mask: BlockSparseMask, features: CallFea
 
 
 def _plain_obstacle(query: torch.Tensor, block_size: tuple[int, int], features: CallFeatures) -> str | None:
-    if features.causal and (features.quantization != "none" or features.skip):
+    if features.causal and not features.exact:
         return "causal attention is supported only without quantization and skip_threshold"
     return None
 
 
 def _triton_obstacle(query: torch.Tensor, block_size: tuple[int, int], features: CallFeatures) -> str | None:
     obstacle = triton_obstacle(query)
-    if obstacle is not None or (features.quantization == "none" and not features.skip):
+    if obstacle is not None or features.exact:
         return obstacle
     from kernels_common.block_sparse_quantized_triton import quantized_triton_obstacle
 

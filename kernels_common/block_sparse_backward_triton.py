@@ -21,9 +21,12 @@ from kernels_common.triton_launch import (
     aligned,
     bias_strides,
     check_device,
-    descriptor,
     divide_tile,
+    holds_large_tiles,
     list_strides,
+    load_tile,
+    reads_pointers,
+    tile_source,
 )
 
 
@@ -37,8 +40,10 @@ class BackwardConfig(NamedTuple):
 # Lengths and strides of lists change with every size; specialising on them would recompile.
 @triton.jit(do_not_specialize=["query_length", "padded_length"])
 def block_sparse_bwd_rows_kernel(
-    output_desc,
-    grad_output_desc,
+    output_source,
+    output_strides,
+    grad_output_source,
+    grad_output_strides,
     lse_ptr,
     grad_lse_ptr,
     shift_ptr,
@@ -46,9 +51,11 @@ def block_sparse_bwd_rows_kernel(
     query_length,
     padded_length,
     QUERY_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
+    POINTERS: tl.constexpr,
 ):
     """Shift of the base-2 exponents and delta of TILE_M rows: grid ``(ceil(padded / TILE_M), B * Hq)``.
 
@@ -57,8 +64,13 @@ def block_sparse_bwd_rows_kernel(
     start_m = tl.program_id(0) * TILE_M
     batch = tl.program_id(1) // QUERY_HEADS
     head = tl.program_id(1) % QUERY_HEADS
-    output_tile = output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
-    grad_tile = grad_output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    output_tile = load_tile(
+        output_source, output_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
+    grad_tile = load_tile(
+        grad_output_source, grad_output_strides, batch, head, start_m, query_length,
+        TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+    )  # fmt: skip
     delta = tl.sum(output_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
     rows = start_m + tl.arange(0, TILE_M)
     inside = rows < query_length
@@ -88,10 +100,14 @@ def _store_tile(base, stride, tile, rows, length, HEAD_DIM: tl.constexpr, BLOCK_
     ]
 )  # fmt: skip
 def block_sparse_bwd_query_kernel(
-    query_desc,
-    grad_output_desc,
-    key_desc,
-    value_desc,
+    query_source,
+    query_strides,
+    grad_output_source,
+    grad_output_strides,
+    key_source,
+    key_strides,
+    value_source,
+    value_strides,
     grad_query_ptr,
     shift_ptr,
     delta_ptr,
@@ -126,6 +142,7 @@ def block_sparse_bwd_query_kernel(
     HAS_KEY_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -144,8 +161,13 @@ def block_sparse_bwd_query_kernel(
     if HAS_BIAS:
         bias_ptr += batch_64 * stride_bb + (head_64 // BIAS_GROUP) * stride_bh
 
-    query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
-    grad_tile = grad_output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    query_tile = load_tile(
+        query_source, query_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
+    grad_tile = load_tile(
+        grad_output_source, grad_output_strides, batch, head, start_m, query_length,
+        TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+    )  # fmt: skip
     rows = start_m + tl.arange(0, TILE_M)
     place = tl.program_id(1).to(tl.int64) * padded_length + rows
     shift, delta = tl.load(shift_ptr + place), tl.load(delta_ptr + place)
@@ -154,9 +176,14 @@ def block_sparse_bwd_query_kernel(
     for step in range(count * tiles_per_block):
         block = tl.load(list_ptr + step // tiles_per_block)
         start_n = block * MASK_N + (step % tiles_per_block) * TILE_N
-        key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        key_tile = load_tile(
+            key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+        )  # fmt: skip
         scores = tl.dot(query_tile, key_tile.T, input_precision=PRECISION)  # [M, N]
-        value_tile = value_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        value_tile = load_tile(
+            value_source, value_strides, batch, kv_head, start_n, key_length,
+            TILE_N, HEAD_DIM, BLOCK_D, POINTERS,
+        )  # fmt: skip
         grad_weights = tl.dot(grad_tile, value_tile.T, input_precision=PRECISION)  # [M, N]
         columns = start_n + tl.arange(0, TILE_N)
         exponents = scores * scale_log2 - shift[:, None]
@@ -185,10 +212,14 @@ def block_sparse_bwd_query_kernel(
     ]
 )  # fmt: skip
 def block_sparse_bwd_key_kernel(
-    query_desc,
-    grad_output_desc,
-    key_desc,
-    value_desc,
+    query_source,
+    query_strides,
+    grad_output_source,
+    grad_output_strides,
+    key_source,
+    key_strides,
+    value_source,
+    value_strides,
     grad_key_ptr,
     grad_value_ptr,
     shift_ptr,
@@ -227,6 +258,7 @@ def block_sparse_bwd_key_kernel(
     HAS_KEY_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of one key and value tile, over the transposed lists: grid ``(ceil(Nk / TILE_N), B * Hkv)``.
@@ -242,8 +274,12 @@ def block_sparse_bwd_key_kernel(
     if HAS_KEY_LENGTHS:
         valid_keys = tl.minimum(tl.load(key_lengths_ptr + batch).to(tl.int32), key_length)
 
-    key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
-    value_tile = value_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+    key_tile = load_tile(
+        key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
+    value_tile = load_tile(
+        value_source, value_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
     grad_key = tl.zeros([TILE_N, BLOCK_D], dtype=tl.float32)
     grad_value = tl.zeros([TILE_N, BLOCK_D], dtype=tl.float32)
     tiles_per_block: tl.constexpr = MASK_M // TILE_M
@@ -260,9 +296,15 @@ def block_sparse_bwd_key_kernel(
             block = tl.load(list_ptr + step // tiles_per_block)
             start_m = block * MASK_M + (step % tiles_per_block) * TILE_M
             place = first_row + start_m + tl.arange(0, TILE_M)
-            query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+            query_tile = load_tile(
+                query_source, query_strides, batch, head, start_m, query_length,
+                TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+            )  # fmt: skip
             scores = tl.dot(key_tile, query_tile.T, input_precision=PRECISION)  # [N, M]
-            grad_tile = grad_output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+            grad_tile = load_tile(
+                grad_output_source, grad_output_strides, batch, head, start_m, query_length,
+                TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+            )  # fmt: skip
             grad_weights = tl.dot(value_tile, grad_tile.T, input_precision=PRECISION)  # [N, M]
             exponents = scores * scale_log2 - tl.load(shift_ptr + place)[None, :]
             if HAS_BIAS:
@@ -293,14 +335,19 @@ def block_sparse_bwd_key_kernel(
     _store_tile(value_base, stride_vn, grad_value, columns, key_length, HEAD_DIM, BLOCK_D)
 
 
-def select_backward_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype) -> BackwardConfig:
+def select_backward_config(
+    block_d: int, block_size: tuple[int, int], dtype: torch.dtype, *, large: bool = True
+) -> BackwardConfig:
     """Tiles for a padded head dimension, mask block and dtype; they divide the mask block.
 
-    The 16-bit tiles up to D 128 are the fastest of those tried on an H200 with random lists at density
-    0.25. The key kernel holds two sums: its small programs share a multiprocessor and hide each other's
-    softmax, and only at D 64 its registers have room for 128 queries per step.
+    The ``large`` 16-bit tiles (:func:`holds_large_tiles`) up to D 128 are the fastest of those tried on an
+    H200 with random lists at density 0.25. The key kernel holds two sums: its small programs share a
+    multiprocessor and hide each other's softmax, and only at D 64 its registers have room for 128 queries
+    per step.
     """
-    if dtype == torch.float32:
+    if not large:
+        query, keys = small_backward_tiles(block_d, dtype)
+    elif dtype == torch.float32:
         query, keys = TileConfig(64, 32, 4, 1), TileConfig(32, 64, 4, 1)
     elif block_d <= 128:
         query = TileConfig(128, 64, 8, 3) if block_size[0] % 128 == 0 else TileConfig(64, 64, 4, 2)
@@ -308,6 +355,19 @@ def select_backward_config(block_d: int, block_size: tuple[int, int], dtype: tor
     else:
         query, keys = TileConfig(64, 64, 4, 1), TileConfig(32, 64, 8, 2)
     return BackwardConfig(*(divide_tile(wanted, block_size) for wanted in (query, keys)))
+
+
+def small_backward_tiles(block_d: int, dtype: torch.dtype) -> BackwardConfig:
+    """Tiles of GPUs without :func:`holds_large_tiles`, before they are fitted to the mask block."""
+    if dtype == torch.float32:
+        wide = (32, 16) if block_d <= 128 else (16, 16)
+        m, n = (32, 32) if block_d <= 64 else wide
+        return BackwardConfig(TileConfig(m, n, 4, 1), TileConfig(n, m, 4, 1))
+    if block_d <= 64:
+        return BackwardConfig(TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2))
+    if block_d <= 128:
+        return BackwardConfig(TileConfig(64, 32, 4, 2), TileConfig(64, 64, 8, 2))
+    return BackwardConfig(TileConfig(32, 32, 4, 1), TileConfig(32, 32, 8, 1))
 
 
 def row_terms(
@@ -321,12 +381,13 @@ def row_terms(
     """Shift and delta of every row, ``[B, Hq, padded]`` fp32 each."""
     batch, heads, queries = lse.shape
     shift, delta = lse.new_empty(2, batch, heads, padded)
-    tile = 64
+    tile, pointers = 64, reads_pointers(output)
     block_sparse_bwd_rows_kernel[(triton.cdiv(padded, tile), batch * heads)](
-        descriptor(output, tile, block_d), descriptor(grad_output, tile, block_d),
+        *tile_source(output, tile, block_d, pointers), *tile_source(grad_output, tile, block_d, pointers),
         lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), shift, delta,
         queries, padded,
-        QUERY_HEADS=heads, BLOCK_D=block_d, TILE_M=tile, HAS_GRAD_LSE=grad_lse is not None,
+        QUERY_HEADS=heads, HEAD_DIM=output.shape[3], BLOCK_D=block_d, TILE_M=tile,
+        HAS_GRAD_LSE=grad_lse is not None, POINTERS=pointers,
     )  # fmt: skip
     return shift, delta
 
@@ -374,7 +435,9 @@ def block_sparse_attention_backward_triton(
     targets = tuple(part if part.stride(3) == 1 else part.new_empty(part.shape) for part in gradients)
     grad_query, grad_key, grad_value = targets
     block_d = max(16, triton.next_power_of_2(head_dim))
-    (m, n, warps, stages), for_keys = config or select_backward_config(block_d, block_size, query.dtype)
+    (m, n, warps, stages), for_keys = config or select_backward_config(
+        block_d, block_size, query.dtype, large=holds_large_tiles(query)
+    )
     padded = block_count(queries, block_size[0]) * block_size[0]
     query, key, value, output, grad_output = (
         aligned(part) for part in (query, key, value, output, grad_output)
@@ -383,18 +446,19 @@ def block_sparse_attention_backward_triton(
     transposed = BlockSparseMask(counts, indices, block_size, queries, keys).transposed()
     key_lengths = None if key_lengths is None else key_lengths.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
+    pointers = reads_pointers(query)
     shared = {
         "KV_GROUP": heads // kv_heads,
         "BIAS_GROUP": 1 if bias is None else heads // bias.shape[1],
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "MASK_M": block_size[0], "MASK_N": block_size[1],
         "HAS_KEY_LENGTHS": key_lengths is not None, "HAS_BIAS": bias is not None, "CAUSAL": causal,
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "POINTERS": pointers, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
     }  # fmt: skip
     with torch.cuda.device_of(query):
         shift, delta = row_terms(grad_output, grad_lse, output, lse, padded, block_d)
         block_sparse_bwd_query_kernel[(triton.cdiv(queries, m), batch * heads)](
-            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
-            descriptor(key, n, block_d), descriptor(value, n, block_d),
+            *tile_source(query, m, block_d, pointers), *tile_source(grad_output, m, block_d, pointers),
+            *tile_source(key, n, block_d, pointers), *tile_source(value, n, block_d, pointers),
             grad_query, shift, delta, counts, indices, key_lengths, bias,
             *grad_query.stride()[:3],
             *list_strides(counts)[:2], *list_strides(indices)[:3], *bias_strides(bias),
@@ -403,8 +467,8 @@ def block_sparse_attention_backward_triton(
         )  # fmt: skip
         m, n, warps, stages = for_keys
         block_sparse_bwd_key_kernel[(triton.cdiv(keys, n), batch * kv_heads)](
-            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
-            descriptor(key, n, block_d), descriptor(value, n, block_d),
+            *tile_source(query, m, block_d, pointers), *tile_source(grad_output, m, block_d, pointers),
+            *tile_source(key, n, block_d, pointers), *tile_source(value, n, block_d, pointers),
             grad_key, grad_value, shift, delta, transposed.counts, transposed.indices, key_lengths, bias,
             *grad_key.stride()[:3], *grad_value.stride()[:3],
             *list_strides(transposed.counts)[:2], *list_strides(transposed.indices)[:3],

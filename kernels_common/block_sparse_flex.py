@@ -5,6 +5,7 @@ The eager form scores all tokens and reads no lists: it gets the mask as a funct
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,9 @@ def _attend_eager(query, key, value, block_mask: BlockSparseMask, **options: Any
         device=str(query.device),
         BLOCK_SIZE=block_mask.block_size,
     )
-    return flex_attention(query, key, value, block_mask=flex_mask, **options)
+    with warnings.catch_warnings():  # it advises to compile, which a CPU needs a C++ compiler for
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(query, key, value, block_mask=flex_mask, **options)
 
 
 def block_sparse_attention_flex(

@@ -31,13 +31,15 @@ def block_sparse_attention_op(
     indices: torch.Tensor,
     key_lengths: torch.Tensor | None,
     bias: torch.Tensor | None,
+    query_order: torch.Tensor | None,
+    key_order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     causal: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, Nq, D]`` and natural log-sum-exp ``[B, Hq, Nq]`` fp32."""
+    """Output ``[B, Hq, Nq, D]`` and natural log-sum-exp ``[B, Hq, Nq]`` fp32; only Triton takes orders."""
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
     block_size = (query_block, key_block)
@@ -55,11 +57,13 @@ def block_sparse_attention_op(
         return _plain_form(backend)(*tensors, *lists, block_size, scale=scale)
     from kernels_common.block_sparse_triton import block_sparse_attention_triton
 
-    return block_sparse_attention_triton(*tensors, *lists, block_size, causal=causal, **extras)
+    return block_sparse_attention_triton(
+        *tensors, *lists, block_size, query_order=query_order, key_order=key_order, causal=causal, **extras
+    )
 
 
 @block_sparse_attention_op.register_fake
-def _(query, key, value, counts, indices, key_lengths, bias, query_block, key_block, scale, causal, backend):
+def _(query, *_):
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -176,7 +180,7 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, query_block, key_block, scale, causal, backend = inputs
+    *tensors, _, _, query_block, key_block, scale, causal, backend = inputs  # copies have no orders
     ctx.set_materialize_grads(False)  # the gradient of a log-sum-exp that nobody uses stays None
     ctx.save_for_backward(*tensors, *output)
     ctx.parameters = (query_block, key_block, scale, causal, backend)
@@ -188,7 +192,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_lse, query, key, value, output, lse, counts, indices, key_lengths, bias, *ctx.parameters,
     )  # fmt: skip
-    return *gradients, *(None,) * 9
+    return *gradients, *(None,) * 11
 
 
 block_sparse_attention_backward_op.register_autograd(_refuse_second_derivative)

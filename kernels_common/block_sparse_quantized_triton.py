@@ -21,15 +21,28 @@ import triton.language as tl
 
 from core.errors import UnsupportedCallError
 from kernels_common.block_sparse_quantized_reference import skip_tile
-from kernels_common.quantization import GROUP
+from kernels_common.quantization import GROUP, VALUE_MULTIPLE
 from kernels_common.quantization_triton import quantize_query_key_triton, quantize_value_fp8_triton
-from kernels_common.triton_launch import LN_2, LOG2_E, aligned, bias_strides, descriptor, list_strides
+from kernels_common.triton_launch import (
+    LN_2,
+    LOG2_E,
+    TileConfig,
+    aligned,
+    bias_strides,
+    divide_tile,
+    holds_large_tiles,
+    list_strides,
+    load_tile,
+    reads_pointers,
+    tile_source,
+)
 
 FP8_CAPABILITY = (8, 9)
 FP8_KEY_BLOCK = 32  # tokens that one FP8 instruction sums
 SKIP_MAX_FP32_HEAD_DIM = 128  # tiles of more do not fit into shared memory
 # Weights are scaled by 448, so that 1 is the largest e4m3.
 LOG2_FP8_MAX = tl.constexpr(math.log2(448.0))
+PADDED = tl.constexpr(VALUE_MULTIPLE)
 
 
 class QuantizedTileConfig(NamedTuple):
@@ -86,13 +99,23 @@ def _scores(
 
 @triton.jit
 def _load_value(
-    value_desc, batch, kv_head, start_n, TILE_N: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr
-):
+    source, strides, batch, kv_head, start_n, key_length,
+    TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr,
+    POINTERS: tl.constexpr,
+):  # fmt: skip
     """Value tile ``[N, D]``; FP8 values are stored as ``[D, N]``."""
-    if FP8:
-        value_tile = value_desc.load([batch, kv_head, 0, start_n]).reshape(BLOCK_D, TILE_N).T
+    if not FP8:
+        value_tile = load_tile(
+            source, strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+        )
+    elif POINTERS:
+        channels, columns = tl.arange(0, BLOCK_D)[None, :], (start_n + tl.arange(0, TILE_N))[:, None]
+        base = source + batch.to(tl.int64) * strides[0] + kv_head.to(tl.int64) * strides[1]
+        # Stored up to whole groups of zeros: a mask at their end cuts no vector.
+        inside = (channels < HEAD_DIM) & (columns < tl.cdiv(key_length, PADDED) * PADDED)
+        value_tile = tl.load(base + channels.to(tl.int64) * strides[2] + columns, mask=inside, other=0.0)
     else:
-        value_tile = value_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        value_tile = source.load([batch, kv_head, 0, start_n]).reshape(BLOCK_D, TILE_N).T
     return value_tile
 
 
@@ -151,9 +174,12 @@ def _store_output(
     ]
 )  # fmt: skip
 def block_sparse_quantized_fwd_kernel(
-    query_desc,
-    key_desc,
-    value_desc,
+    query_source,
+    query_strides,
+    key_source,
+    key_strides,
+    value_source,
+    value_strides,
     query_scale_ptr,
     key_scale_ptr,
     value_scale_ptr,
@@ -195,6 +221,7 @@ def block_sparse_quantized_fwd_kernel(
     HAS_KEY_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output, log-sum-exp and skipped tiles of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -219,7 +246,9 @@ def block_sparse_quantized_fwd_kernel(
         skip_threshold = tl.load(skip_threshold_ptr + head)
 
     row_factor = _row_factor(query_scale_ptr, place, rows, query_length, scale, TILE_M, GROUP, INT8)
-    query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    query_tile = load_tile(
+        query_source, query_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
     acc = tl.zeros([TILE_M, BLOCK_D], dtype=tl.float32)
     peak = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE_M], dtype=tl.float32)
@@ -228,7 +257,9 @@ def block_sparse_quantized_fwd_kernel(
     for step in range(count * tiles_per_block):
         block = tl.load(list_ptr + step // tiles_per_block)
         start_n = block * MASK_N + (step % tiles_per_block) * TILE_N
-        key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        key_tile = load_tile(
+            key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+        )  # fmt: skip
         scores, factor = _scores(
             query_tile, key_tile, row_factor, key_scale_ptr, bias_ptr, kv_place, start_n, valid_keys,
             key_length, TILE_M, TILE_N, GROUP, INT8, HAS_BIAS, PRECISION,
@@ -237,7 +268,10 @@ def block_sparse_quantized_fwd_kernel(
         if HAS_SKIP:
             idle = (tile_peak <= peak - skip_threshold) | (rows >= query_length)
             if tl.min(idle.to(tl.int32), 0) == 0:
-                value_tile = _load_value(value_desc, batch, kv_head, start_n, TILE_N, BLOCK_D, FP8)
+                value_tile = _load_value(
+                    value_source, value_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM,
+                    BLOCK_D, FP8, POINTERS,
+                )  # fmt: skip
                 acc, peak, total = _accumulate(
                     scores, factor, tile_peak, value_tile, acc, peak, total,
                     HAS_BIAS or HAS_KEY_LENGTHS, FP8, PRECISION,
@@ -245,7 +279,10 @@ def block_sparse_quantized_fwd_kernel(
             else:
                 skipped += 1
         else:
-            value_tile = _load_value(value_desc, batch, kv_head, start_n, TILE_N, BLOCK_D, FP8)
+            value_tile = _load_value(
+                value_source, value_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM,
+                BLOCK_D, FP8, POINTERS,
+            )  # fmt: skip
             acc, peak, total = _accumulate(
                 scores, factor, tile_peak, value_tile, acc, peak, total,
                 HAS_BIAS or HAS_KEY_LENGTHS, FP8, PRECISION,
@@ -265,13 +302,20 @@ def block_sparse_quantized_fwd_kernel(
 
 
 def select_quantized_config(
-    block_d: int, block_size: tuple[int, int], dtype: torch.dtype, quantization: str, *, skips: bool
+    block_d: int,
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+    quantization: str,
+    *,
+    skips: bool,
+    large: bool = True,
 ) -> QuantizedTileConfig:
     """Tile for a padded head dimension, mask block, dtype and quantisation; it divides the mask block.
 
-    With FP8 or skipping it is that of :func:`kernels_common.block_sparse_quantized_reference.skip_tile`: what
-    is skipped, and how weights are rounded under the running maximum, depends on the tile. The others are the
-    fastest of those tried on an H200. A limit on registers lets one more program share a multiprocessor.
+    With FP8 or skipping it is that of :func:`kernels_common.block_sparse_quantized_reference.skip_tile`:
+    what is skipped, and how weights are rounded under the running maximum, depends on the tile. The other
+    ``large`` ones (:func:`holds_large_tiles`) are the fastest of those tried on an H200. A limit on
+    registers lets one more program share a multiprocessor there.
     """
     tile_m, tile_n = skip_tile(block_size)
     narrow = dtype != torch.float32 and block_d <= 128
@@ -281,6 +325,12 @@ def select_quantized_config(
         return QuantizedTileConfig(tile_m, tile_n, 8 if block_d > 128 else 4, 1, None)
     if skips:
         return QuantizedTileConfig(tile_m, tile_n, 4, 2, None)
+    if not large:
+        warps = 4
+        if quantization != "int8_fp8":
+            tile_m, tile_n, warps = (tile_m, 64, 4) if block_d <= 64 else (128, 64, 8)
+        tile = divide_tile(TileConfig(tile_m, tile_n, warps, 2), block_size)
+        return QuantizedTileConfig(*tile, None)
     if quantization != "int8_fp8" and block_d == 128:
         return QuantizedTileConfig(math.gcd(block_size[0], 128), math.gcd(tile_n, 64), 4, 3, None)
     stages = 2 if tile_n == 128 else 3
@@ -357,7 +407,9 @@ def block_sparse_attention_quantized_triton(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     skipped = torch.zeros(batch, heads, counts.shape[2], dtype=torch.int32, device=query.device)
     block_d = max(32, triton.next_power_of_2(head_dim))
-    config = config or select_quantized_config(block_d, block_size, query.dtype, quantization, skips=skips)
+    config = config or select_quantized_config(
+        block_d, block_size, query.dtype, quantization, skips=skips, large=holds_large_tiles(query)
+    )
     query_scale = key_scale = value_scale = mean_scores = None
     precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
     if quantization != "none":
@@ -372,10 +424,12 @@ def block_sparse_attention_quantized_triton(
     key_lengths = None if key_lengths is None else key_lengths.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     skip_threshold = None if skip_threshold is None else skip_threshold.contiguous()
+    pointers = reads_pointers(query)
     with torch.cuda.device_of(query):
         block_sparse_quantized_fwd_kernel[(triton.cdiv(queries, config.tile_m), batch * heads)](
-            descriptor(query, config.tile_m, block_d), descriptor(key, config.tile_n, block_d),
-            descriptor(value, *value_box), query_scale, key_scale, value_scale, mean_scores,
+            *tile_source(query, config.tile_m, block_d, pointers),
+            *tile_source(key, config.tile_n, block_d, pointers),
+            *tile_source(value, *value_box, pointers), query_scale, key_scale, value_scale, mean_scores,
             target, lse, skipped, counts, indices, key_lengths, bias, skip_threshold,
             *target.stride()[:3],
             *list_strides(counts)[:2], *list_strides(indices)[:3], *bias_strides(bias),
@@ -386,7 +440,7 @@ def block_sparse_attention_quantized_triton(
             MASK_M=block_size[0], MASK_N=block_size[1], GROUP=GROUP,
             INT8=quantization != "none", FP8=quantization == "int8_fp8",
             HAS_KEY_LENGTHS=key_lengths is not None, HAS_BIAS=bias is not None,
-            HAS_SKIP=skips, PRECISION=precision,
+            HAS_SKIP=skips, POINTERS=pointers, PRECISION=precision,
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         )  # fmt: skip
     return (output if target is output else output.copy_(target)), lse, skipped

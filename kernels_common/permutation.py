@@ -42,7 +42,7 @@ def gather_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
     return results if isinstance(tokens, tuple) else results[0]
 
 
-def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
+def scatter_tokens(tokens: Tokens, order: torch.Tensor, *, like: torch.Tensor | None = None) -> Tokens:
     """What :func:`gather_tokens` undid: ``result[..., order[i], :] = tensor[..., i, :]``.
 
     Args:
@@ -50,9 +50,11 @@ def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
             strides only.
         order (Tensor): permutation of 0 to S - 1, ``[S]`` or ``[B or 1, H or 1, S]`` int32 or int64. It is
             trusted.
+        like (Tensor, Optional): tensor of the results' shape whose memory order they get. Default: each that
+            of its source
 
     Returns:
-        Tensor or tuple[Tensor, ...]: ``[B, H, S, D]`` each, in the memory order of its source.
+        Tensor or tuple[Tensor, ...]: ``[B, H, S, D]`` each.
 
     Raises:
         LayoutError: shapes, dtypes or devices do not fit together.
@@ -63,7 +65,7 @@ def scatter_tokens(tokens: Tokens, order: torch.Tensor) -> Tokens:
             f"a permutation of {sources[0].shape[2]} tokens must list each once, "
             f"got {order.shape[-1]} indices"
         )
-    results = tuple(torch.empty_like(part) for part in sources)
+    results = tuple(torch.empty_like(part if like is None else like, dtype=part.dtype) for part in sources)
     if _moves_by_triton(sources):
         _move(sources, results, order, scatter=True)
     elif order.dim() == 1:

@@ -18,13 +18,23 @@ import triton.language as tl
 
 from core.block_mask import block_count
 from core.level_mask import LEVELS, LevelMask
-from kernels_common.block_sparse_backward_triton import BackwardConfig, row_terms
+from kernels_common.block_sparse_backward_triton import BackwardConfig, row_terms, small_backward_tiles
 from kernels_common.pooled_attention_triton import (
     pool_triton,
     pooled_rows,
     tail_scores,
 )
-from kernels_common.triton_launch import LOG2_E, TileConfig, aligned, check_device, descriptor, list_strides
+from kernels_common.triton_launch import (
+    LOG2_E,
+    TileConfig,
+    aligned,
+    check_device,
+    holds_large_tiles,
+    list_strides,
+    load_tile,
+    reads_pointers,
+    tile_source,
+)
 
 
 @triton.jit
@@ -90,10 +100,14 @@ def grad_query_pooled_level(
     ]
 )  # fmt: skip
 def pooled_attention_bwd_query_kernel(
-    query_desc,
-    grad_output_desc,
-    key_desc,
-    value_desc,
+    query_source,
+    query_strides,
+    grad_output_source,
+    grad_output_strides,
+    key_source,
+    key_strides,
+    value_source,
+    value_strides,
     pooled_key_ptr,
     pooled_value_ptr,
     grad_query_ptr,
@@ -125,6 +139,7 @@ def pooled_attention_bwd_query_kernel(
     POOLED_N: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -137,8 +152,13 @@ def pooled_attention_bwd_query_kernel(
     counts_ptr += batch_64 * stride_cb + head_64 * stride_ch + row * stride_cr
     list_ptr = indices_ptr + batch_64 * stride_ib + head_64 * stride_ih + row * stride_ir
 
-    query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
-    grad_tile = grad_output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    query_tile = load_tile(
+        query_source, query_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
+    grad_tile = load_tile(
+        grad_output_source, grad_output_strides, batch, head, start_m, query_length,
+        TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+    )  # fmt: skip
     rows_m, dims = start_m + tl.arange(0, TILE_M), tl.arange(0, BLOCK_D)
     place = tl.program_id(1).to(tl.int64) * padded_length + rows_m
     shift, delta = tl.load(shift_ptr + place), tl.load(delta_ptr + place)
@@ -147,8 +167,13 @@ def pooled_attention_bwd_query_kernel(
     tiles_per_block: tl.constexpr = MASK_N // TILE_N
     for step in range(count * tiles_per_block):
         start_n = tl.load(list_ptr + step // tiles_per_block) * MASK_N + (step % tiles_per_block) * TILE_N
-        key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
-        value_tile = value_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        key_tile = load_tile(
+            key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+        )  # fmt: skip
+        value_tile = load_tile(
+            value_source, value_strides, batch, kv_head, start_n, key_length,
+            TILE_N, HEAD_DIM, BLOCK_D, POINTERS,
+        )  # fmt: skip
         scores = tl.dot(query_tile, key_tile.T, input_precision=PRECISION)  # [M, N]
         if start_n + TILE_N > key_length:
             columns = start_n + tl.arange(0, TILE_N)
@@ -181,13 +206,15 @@ def pooled_attention_bwd_query_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "padded_length", "pooled_length", "scale", "scale_log2", "stride_gh",
+        "query_length", "padded_length", "pooled_length", "scale", "scale_log2", "stride_gh",
         "stride_cb", "stride_ch", "stride_cr", "stride_ib", "stride_ih", "stride_ir",
     ]
 )  # fmt: skip
 def pooled_attention_bwd_key_kernel(
-    query_desc,
-    grad_output_desc,
+    query_source,
+    query_strides,
+    grad_output_source,
+    grad_output_strides,
     key_ptr,
     value_ptr,
     grad_key_ptr,
@@ -209,6 +236,7 @@ def pooled_attention_bwd_key_kernel(
     stride_ib,
     stride_ih,
     stride_ir,
+    query_length,
     padded_length,
     pooled_length,
     scale,
@@ -222,6 +250,7 @@ def pooled_attention_bwd_key_kernel(
     MASK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     LOG2_LEVEL: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of one tile of a level's keys and values per token behind them, in fp32.
@@ -257,9 +286,15 @@ def pooled_attention_bwd_key_kernel(
         for step in range(count * tiles_per_block):
             start_m = tl.load(list_ptr + step // tiles_per_block) * MASK_M + (step % tiles_per_block) * TILE_M
             place = first_row + start_m + tl.arange(0, TILE_M)
-            query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+            query_tile = load_tile(
+                query_source, query_strides, batch, head, start_m, query_length,
+                TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+            )  # fmt: skip
             scores = tl.dot(key_tile, query_tile.T, input_precision=PRECISION)  # [N, M]
-            grad_tile = grad_output_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+            grad_tile = load_tile(
+                grad_output_source, grad_output_strides, batch, head, start_m, query_length,
+                TILE_M, HEAD_DIM, BLOCK_D, POINTERS,
+            )  # fmt: skip
             grad_weights = tl.dot(value_tile, grad_tile.T, input_precision=PRECISION)  # [N, M]
             weights = tl.exp2(scores * scale_log2 - tl.load(shift_ptr + place)[None, :])
             grad_scores = weights * (grad_weights - tl.load(delta_ptr + place)[None, :])
@@ -302,11 +337,16 @@ def unpool_kernel(
     tl.store(pointers + dims[None, :], total.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def select_pooled_backward_config(block_d: int, dtype: torch.dtype) -> BackwardConfig:
+def select_pooled_backward_config(block_d: int, dtype: torch.dtype, *, large: bool = True) -> BackwardConfig:
     """Tiles for a padded head dimension and dtype, before they are fitted to the mask block.
 
-    The 16-bit tiles up to D 128 are the fastest, or next to it, of those tried on an H200.
+    The ``large`` 16-bit tiles (:func:`holds_large_tiles`) up to D 128 are the fastest, or next to it, of
+    those tried on an H200.
     """
+    if not large:
+        query, keys = small_backward_tiles(block_d, dtype)
+        narrow = dtype != torch.float32 and block_d == 128
+        return BackwardConfig(query, TileConfig(64, 32, 4, 2) if narrow else keys)
     if dtype == torch.float32:
         keys = TileConfig(32, 64, 4, 1) if block_d <= 128 else TileConfig(32, 16, 4, 1)
         return BackwardConfig(TileConfig(64, 32, 4, 1), keys)
@@ -374,7 +414,9 @@ def pooled_attention_backward_triton(
     grad_query = torch.empty_like(query)
     target = grad_query if grad_query.stride(3) == 1 else grad_query.new_empty(grad_query.shape)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    for_query, for_keys = config or select_pooled_backward_config(block_d, query.dtype)
+    for_query, for_keys = config or select_pooled_backward_config(
+        block_d, query.dtype, large=holds_large_tiles(query)
+    )
     padded = block_count(queries, block_size[0]) * block_size[0]
     given_key, given_value = key, value
     query, key, value, output, grad_output = (
@@ -382,9 +424,10 @@ def pooled_attention_backward_triton(
     )
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     lists_of_keys = LevelMask(counts, indices, block_size, queries, keys).transposed_lists()
+    pointers = reads_pointers(query)
     shared = {
         "KV_GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "MASK_M": block_size[0],
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "POINTERS": pointers, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
     }  # fmt: skip
     with torch.cuda.device_of(query):
         pooled = [pool_triton(part, block_size[1], block_d) for part in (key, value)]
@@ -392,8 +435,8 @@ def pooled_attention_backward_triton(
         wanted_m, pooled_n, warps, stages = for_query
         m, n = math.gcd(wanted_m, block_size[0]), math.gcd(pooled_n, block_size[1])
         pooled_attention_bwd_query_kernel[(triton.cdiv(queries, m), batch * heads)](
-            descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
-            descriptor(key, n, block_d), descriptor(value, n, block_d),
+            *tile_source(query, m, block_d, pointers), *tile_source(grad_output, m, block_d, pointers),
+            *tile_source(key, n, block_d, pointers), *tile_source(value, n, block_d, pointers),
             *pooled, target, shift, delta, counts, indices,
             *target.stride()[:3], *list_strides(counts)[:3], *list_strides(indices)[:3],
             queries, padded, keys, blocks, scale, scale * LOG2_E.value,
@@ -414,11 +457,11 @@ def pooled_attention_backward_triton(
             grad_keys = grad_levels.narrow(3, first_row, level_rows)
             tile = key_tile_of_level(wanted_n, width)
             pooled_attention_bwd_key_kernel[(blocks * triton.cdiv(width, tile), batch * kv_heads)](
-                descriptor(query, m, block_d), descriptor(grad_output, m, block_d),
+                *tile_source(query, m, block_d, pointers), *tile_source(grad_output, m, block_d, pointers),
                 *level_keys, *grad_keys, shift, delta, *lists_of_keys,
                 *level_keys[0].stride()[:3], *level_keys[1].stride()[:3], grad_levels.stride(2),
                 *list_strides(lists_of_keys[0])[:3], *list_strides(lists_of_keys[1])[:3],
-                padded, triton.cdiv(keys, LEVELS[log2_level]), scale, scale * LOG2_E.value,
+                queries, padded, triton.cdiv(keys, LEVELS[log2_level]), scale, scale * LOG2_E.value,
                 KV_HEADS=kv_heads, TILE_M=m, TILE_N=tile, WIDTH=width, LOG2_LEVEL=log2_level,
                 num_warps=warps, num_stages=stages, **shared,
             )  # fmt: skip

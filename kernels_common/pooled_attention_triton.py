@@ -27,8 +27,12 @@ from kernels_common.triton_launch import (
     TileConfig,
     aligned,
     check_device,
-    descriptor,
+    divide_tile,
+    holds_large_tiles,
     list_strides,
+    load_tile,
+    reads_pointers,
+    tile_source,
 )
 
 
@@ -104,9 +108,12 @@ def attend_pooled_level(
     ]
 )  # fmt: skip
 def pooled_attention_fwd_kernel(
-    query_desc,
-    key_desc,
-    value_desc,
+    query_source,
+    query_strides,
+    key_source,
+    key_strides,
+    value_source,
+    value_strides,
     pooled_key_ptr,
     pooled_value_ptr,
     output_ptr,
@@ -135,6 +142,7 @@ def pooled_attention_fwd_kernel(
     POOLED_N: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    POINTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of one query tile: grid ``(ceil(Nq / TILE_M), B * Hq)``."""
@@ -147,7 +155,9 @@ def pooled_attention_fwd_kernel(
     counts_ptr += batch_64 * stride_cb + head_64 * stride_ch + row * stride_cr
     list_ptr = indices_ptr + batch_64 * stride_ib + head_64 * stride_ih + row * stride_ir
 
-    query_tile = query_desc.load([batch, head, start_m, 0]).reshape(TILE_M, BLOCK_D)
+    query_tile = load_tile(
+        query_source, query_strides, batch, head, start_m, query_length, TILE_M, HEAD_DIM, BLOCK_D, POINTERS
+    )  # fmt: skip
     acc = tl.zeros([TILE_M, BLOCK_D], dtype=tl.float32)
     peak = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE_M], dtype=tl.float32)
@@ -155,12 +165,17 @@ def pooled_attention_fwd_kernel(
     tiles_per_block: tl.constexpr = MASK_N // TILE_N
     for step in range(count * tiles_per_block):
         start_n = tl.load(list_ptr + step // tiles_per_block) * MASK_N + (step % tiles_per_block) * TILE_N
-        key_tile = key_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        key_tile = load_tile(
+            key_source, key_strides, batch, kv_head, start_n, key_length, TILE_N, HEAD_DIM, BLOCK_D, POINTERS
+        )  # fmt: skip
         scores = tl.dot(query_tile, key_tile.T, input_precision=PRECISION)  # [M, N]
         if start_n + TILE_N > key_length:
             columns = start_n + tl.arange(0, TILE_N)
             scores = tl.where((columns < key_length)[None, :], scores, float("-inf"))
-        value_tile = value_desc.load([batch, kv_head, start_n, 0]).reshape(TILE_N, BLOCK_D)
+        value_tile = load_tile(
+            value_source, value_strides, batch, kv_head, start_n, key_length,
+            TILE_N, HEAD_DIM, BLOCK_D, POINTERS,
+        )  # fmt: skip
         acc, peak, total = softmax_step(acc, peak, total, scores, value_tile, scale_log2, 0, PRECISION)
 
     kv_row = (batch_64 * (QUERY_HEADS // KV_GROUP) + kv_head) * key_blocks * (MASK_N // 8 * 7)
@@ -273,19 +288,32 @@ class PooledConfig(NamedTuple):
     pooled_n: int
 
 
-def select_pooled_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype) -> PooledConfig:
+def select_pooled_config(
+    block_d: int, block_size: tuple[int, int], dtype: torch.dtype, *, large: bool = True
+) -> PooledConfig:
     """Tiles for a padded head dimension, mask block and dtype; that of level 1 divides the mask block.
 
-    The 16-bit tiles are the fastest of those tried on an H200 with random lists of all levels. At D 64 they
-    are those of the block-sparse kernel, 128 keys per step at every level. At D 128 gathering so many takes
-    the registers or the shared memory of two programs: 64x64 tiles, which share a multiprocessor.
+    The ``large`` 16-bit tiles (:func:`holds_large_tiles`) are the fastest of those tried on an H200 with
+    random lists of all levels. At D 64 they are those of the block-sparse kernel, 128 keys per step at
+    every level. At D 128 gathering so many takes the registers or the shared memory of two programs: 64x64
+    tiles, which share a multiprocessor.
     """
+    if not large:
+        return _small_pooled_config(block_d, block_size, dtype)
     tile = select_config(block_d, block_size, dtype)
     if dtype == torch.float32 or block_d > 128:
         return PooledConfig(tile, 32)
     if block_d == 128:
         return PooledConfig(TileConfig(math.gcd(64, block_size[0]), math.gcd(64, block_size[1]), 4, 3), 64)
     return PooledConfig(tile, 128)
+
+
+def _small_pooled_config(block_d: int, block_size: tuple[int, int], dtype: torch.dtype) -> PooledConfig:
+    if dtype == torch.float32:
+        m, n, warps = (64, 32, 4) if block_d <= 64 else (32, 16, 4 if block_d <= 128 else 8)
+        return PooledConfig(divide_tile(TileConfig(m, n, warps, 1), block_size), n)
+    n = 64 if block_d <= 128 else 32
+    return PooledConfig(divide_tile(TileConfig(64, n, 4, 2), block_size), n)
 
 
 def pooled_attention_triton(
@@ -318,19 +346,23 @@ def pooled_attention_triton(
     target = output if output.stride(3) == 1 else output.new_empty(output.shape)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    (m, n, warps, stages), pooled_n = config or select_pooled_config(block_d, block_size, query.dtype)
+    (m, n, warps, stages), pooled_n = config or select_pooled_config(
+        block_d, block_size, query.dtype, large=holds_large_tiles(query)
+    )
     query, key, value = (aligned(part) for part in (query, key, value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
+    pointers = reads_pointers(query)
     with torch.cuda.device_of(query):
         pooled_key, pooled_value = (pool_triton(part, block_size[1], block_d) for part in (key, value))
         pooled_attention_fwd_kernel[(triton.cdiv(queries, m), batch * heads)](
-            descriptor(query, m, block_d), descriptor(key, n, block_d), descriptor(value, n, block_d),
+            *tile_source(query, m, block_d, pointers), *tile_source(key, n, block_d, pointers),
+            *tile_source(value, n, block_d, pointers),
             pooled_key, pooled_value, target, lse, counts, indices,
             *target.stride()[:3], *list_strides(counts)[:3], *list_strides(indices)[:3],
             queries, key.shape[2], block_count(key.shape[2], block_size[1]), scale * LOG2_E.value,
             QUERY_HEADS=heads, KV_GROUP=heads // key.shape[1],
             HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_M=m, TILE_N=n, POOLED_N=pooled_n,
-            MASK_M=block_size[0], MASK_N=block_size[1],
+            MASK_M=block_size[0], MASK_N=block_size[1], POINTERS=pointers,
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -18,8 +18,8 @@ from core.strategy import AttentionResult, AttentionStrategy
 from kernels_common.block_sparse_attention import BlockSparseOutput, attend_blocks
 from kernels_common.block_sparse_quantized_reference import skip_tile
 from kernels_common.mask_density import mask_density
-from kernels_common.permutation import gather_tokens, scatter_tokens
 from kernels_common.pooled_attention import pooled_attention, resolve_pooled_backend
+from kernels_common.token_orders import TokenOrders, gather_call, scatter_output
 
 
 class BlockSparseParameters(StrategyParameters):
@@ -116,27 +116,20 @@ def attend_pattern(
         the two shares ``qk_density``, tiles whose scores were computed, and ``pv_density``, those that were
         multiplied with their values too.
     """
-    if pattern.key_order is not None:
-        key, value = gather_tokens((key, value), pattern.key_order)
-        query = query if pattern.order is None else gather_tokens(query, pattern.order)
-    elif pattern.order is not None:
-        query, key, value = gather_tokens((query, key, value), pattern.order)
     mask = pattern.mask
+    orders = TokenOrders(pattern.order, pattern.order if pattern.key_order is None else pattern.key_order)
     if isinstance(mask, LevelMask):
-        result = _attend_levels(query, key, value, pattern, mask, backend, causal)
+        result = _attend_levels(query, key, value, pattern, mask, orders, backend, causal)
     else:
         result = attend_blocks(
-            query, key, value, mask, causal=causal, quantization=pattern.quantization,
-            skip_threshold=pattern.skip_threshold, backend=backend,
+            query, key, value, mask, query_order=orders.query, key_order=orders.key, causal=causal,
+            quantization=pattern.quantization, skip_threshold=pattern.skip_threshold, backend=backend,
         )  # fmt: skip
-    output = result.output
-    if pattern.order is not None:
-        output = scatter_tokens(output, pattern.order)
     if result.skipped is None or isinstance(mask, LevelMask):
-        return AttentionResult(output, pattern.density, result.backend, pattern.shares)
+        return AttentionResult(result.output, pattern.density, result.backend, pattern.shares)
     multiplied = pattern.density * multiplied_share(mask, result.skipped)
     shares = {**pattern.shares, "qk_density": pattern.density, "pv_density": multiplied}
-    return AttentionResult(output, (pattern.density + multiplied) / 2, result.backend, shares)
+    return AttentionResult(result.output, (pattern.density + multiplied) / 2, result.backend, shares)
 
 
 def _attend_levels(
@@ -145,6 +138,7 @@ def _attend_levels(
     value: torch.Tensor,
     pattern: SparsePattern,
     mask: LevelMask,
+    orders: TokenOrders,
     backend: str,
     causal: bool,
 ) -> BlockSparseOutput:
@@ -155,8 +149,8 @@ def _attend_levels(
             "BlockSparseMask"
         )
     backend = resolve_pooled_backend(query, backend)
-    output, lse = pooled_attention(query, key, value, mask, return_lse=True, backend=backend)
-    return BlockSparseOutput(output, lse, backend)
+    output = pooled_attention(*gather_call(query, key, value, orders), mask, backend=backend)
+    return BlockSparseOutput(scatter_output(output, orders.query, query), None, backend)
 
 
 def multiplied_share(mask: BlockSparseMask, skipped: torch.Tensor) -> torch.Tensor:

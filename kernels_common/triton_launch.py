@@ -13,6 +13,9 @@ from core.errors import UnsupportedCallError
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+TMA_CAPABILITY = (9, 0)
+# With 227 KiB of shared memory for a program and a tensor memory accelerator: data centre GPUs from H100 on.
+LARGE_TILES_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
 
 @triton.jit
@@ -21,6 +24,31 @@ def _probe():
 
 
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def load_rows(source, strides, batch, head, tokens, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of some tokens (int64) of one head, ``[tokens, BLOCK_D]``; zeros where they are not ``inside``."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    base = source + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    inside = inside[:, None]
+    if HEAD_DIM != BLOCK_D:
+        inside = inside & (columns < HEAD_DIM)
+    return tl.load(base + tokens[:, None] * strides[2] + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_tile(
+    source, strides, batch, head, start, length,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, POINTERS: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``start`` on of a head of a :func:`tile_source`, ``[ROWS, BLOCK_D]``; zeros past its end."""
+    if POINTERS:
+        rows = start + tl.arange(0, ROWS)
+        tile = load_rows(source, strides, batch, head, rows.to(tl.int64), rows < length, HEAD_DIM, BLOCK_D)
+    else:
+        tile = source.load([batch, head, start, 0]).reshape(ROWS, BLOCK_D)
+    return tile
 
 
 class TileConfig(NamedTuple):
@@ -69,6 +97,41 @@ def descriptor(tensor: torch.Tensor, tile: int, block_d: int) -> TensorDescripto
     pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
     strides = [stride if size > 1 else block_d for size, stride in pairs]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, tile, block_d])
+
+
+def reads_pointers(tensor: torch.Tensor) -> bool:
+    """Whether kernels read tiles through pointers: where there is no tensor memory accelerator.
+
+    Triton turns descriptors into loads of single elements there, without knowing their alignment.
+    """
+    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < TMA_CAPABILITY
+
+
+def holds_large_tiles(tensor: torch.Tensor) -> bool:
+    """Whether the tiles that were measured on an H200 are for this device.
+
+    They take up to 227 KiB of shared memory and leave the addresses of rows to the tensor memory accelerator.
+    Other GPUs get tiles that fit into 99 KiB and the registers, as the compiler counts them.
+    """
+    on_cuda = tensor.device.type == "cuda"
+    return not on_cuda or torch.cuda.get_device_capability(tensor.device) in LARGE_TILES_CAPABILITIES
+
+
+def tile_source(
+    tensor: torch.Tensor, rows: int, columns: int, pointers: bool
+) -> tuple[torch.Tensor | TensorDescriptor, tuple[int, int, int]]:
+    """What :func:`load_tile` reads from, and its strides: an :func:`aligned` tensor or its descriptor.
+
+    Args:
+        tensor (Tensor): ``[B, H, N, D]``, its last dimension contiguous.
+        rows (int): rows of a tile.
+        columns (int): columns of a tile, D padded to a power of two.
+        pointers (bool): see :func:`reads_pointers`.
+    """
+    if pointers:
+        batch, head, row, _ = tensor.stride()
+        return tensor, (batch, head, row)
+    return descriptor(tensor, rows, columns), (0, 0, 0)
 
 
 def list_strides(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_common.permutation import gather_tokens
+from kernels_common.triton_launch import holds_large_tiles, reads_pointers
 from plugins.tome.partition import Partition
 
 SMALLEST_LENGTH = 1e-12  # as torch.nn.functional.normalize
@@ -194,8 +195,10 @@ class MeanConfig(NamedTuple):
 
 
 def supports_matching(key: torch.Tensor) -> bool:
-    """Whether tiles of sources and candidates fit into shared memory."""
-    return padded_head_dim(key.shape[3]) * key.element_size() <= LARGEST_ROW_BYTES
+    """Whether tiles of sources and candidates fit into shared memory, in fp32 those of both."""
+    row_bytes = padded_head_dim(key.shape[3]) * key.element_size()
+    small = key.dtype == torch.float32 and not holds_large_tiles(key)
+    return row_bytes <= (LARGEST_ROW_BYTES // 2 if small else LARGEST_ROW_BYTES)
 
 
 def select_match_config(head_dim: int, dtype: torch.dtype) -> MatchConfig:
@@ -223,7 +226,7 @@ def best_destinations_triton(
     )
     tiles, candidates = partition.tiles, partition.candidates
     aligned = head_dim * key.element_size() % 16 == 0  # what a descriptor can address
-    listed = len(candidates) > 1 or not aligned
+    listed = len(candidates) > 1 or not aligned or reads_pointers(key)
     near = _gather_near(own, partition.destinations, 1 if listed else config.tile_c)
     shape = (batch, heads, len(partition.sources))
     similarity = torch.empty(shape, dtype=torch.float32, device=key.device)

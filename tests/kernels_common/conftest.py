@@ -5,6 +5,7 @@ import secrets
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,7 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN, or far too large integers, so that reading it shows."""
+    trace_rules.get_torch_obj_rule_map()  # remembered: compiled tests after this one need the true functions
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         original = getattr(owner, name)
         monkeypatch.setattr(

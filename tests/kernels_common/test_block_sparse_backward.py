@@ -451,14 +451,14 @@ def test_operators_are_well_formed(make_call, device, backend_):
     call = make_call(70, 100)
     query, key, value = (_transposed(tensor).detach().requires_grad_() for tensor in call.tensors)
     lengths, bias = torch.tensor([100, 9], device=device), torch.zeros(1, 2, 100, device=device)
-    arguments = (call.mask.counts, call.mask.indices, lengths, bias, 64, 64, 0.1)
+    lists, sizes = (call.mask.counts, call.mask.indices, lengths, bias), (64, 64, 0.1, False, backend_)
     forward = torch.ops.sparse_attn.block_sparse_attention
-    torch.library.opcheck(forward, (query, key, value, *arguments, False, backend_))
+    torch.library.opcheck(forward, (query, key, value, *lists, None, None, *sizes))
     with torch.no_grad():
-        results = forward(query, key, value, *arguments, False, backend_)
+        results = forward(query, key, value, *lists, None, None, *sizes)
     tensors = (call.grad_output, results[1], *call.tensors, *results)
     backward = torch.ops.sparse_attn.block_sparse_attention_backward
-    torch.library.opcheck(backward, (*tensors, *arguments, False, backend_))
+    torch.library.opcheck(backward, (*tensors, *lists, *sizes))
 
 
 @needs_gpu

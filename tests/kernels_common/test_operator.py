@@ -243,16 +243,35 @@ def test_compiles_with_a_mask_built_inside_and_dynamic_lengths(generator, device
         torch.testing.assert_close(layer(query, blocks), dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_orders_compile_to_one_graph(call, generator, device, backend):
+    query, key, value, mask = call
+    orders = [torch.randperm(length, generator=generator).to(device) for length in (100, 150)]
+
+    @torch.compile(fullgraph=True)
+    def layer(query, key, value, query_order, key_order):
+        return block_sparse_attention(
+            query, key, value, mask, query_order=query_order, key_order=key_order, backend=backend
+        )
+
+    found = layer(query, key, value, *orders)
+    wanted = block_sparse_attention(
+        query, key, value, mask, query_order=orders[0], key_order=orders[1], backend="reference"
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_fake_kernel_agrees_with_the_real_one(call, backend):
     query, key, value, mask = call
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     lengths = torch.tensor([150, 9], device=query.device)
     bias = torch.zeros(1, 2, 150, device=query.device)
-    arguments = (query, key, value, mask.counts, mask.indices, lengths, bias, 64, 64, 0.125, False, backend)
+    tensors = (query, key, value, mask.counts, mask.indices, lengths, bias)
+    arguments = (*tensors, None, None, 64, 64, 0.125, False, backend)
     torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention, arguments)
     threshold = torch.ones(4, device=query.device)
-    quantized = (*arguments[:7], threshold, 64, 64, 0.125, "int8_fp16", backend)
+    quantized = (*tensors, threshold, 64, 64, 0.125, "int8_fp16", backend)
     torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention_quantized, quantized)
 
 

@@ -84,6 +84,9 @@ def test_every_bit_of_every_dtype_arrives(generator, device, form, dtype):
 
 def test_scattered_tokens_keep_their_memory_order(tokens, order):
     assert scatter_tokens(tokens, order).stride() == tokens.stride()
+    like = tokens.transpose(2, 3).contiguous().transpose(2, 3)
+    scattered = scatter_tokens(tokens, order, like=like)
+    assert scattered.stride() == like.stride() and torch.equal(scattered, scatter_tokens(tokens, order))
     assert gather_tokens(tokens, order).is_contiguous()
 
 
