@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import tempfile
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def call(timestep=900.0, *, grid=GRID, image=False, per_token=False, control=Fal
     return arguments
 
 
+def loaded_in_bf16():
+    """As ``from_pretrained`` gives it: norms and the embedding of time stay in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        transformer().save_pretrained(folder)
+        model = type(transformer()).from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.scale_shift_table.dtype == torch.float32
+    return model
+
+
 def fused(model):
     model.fuse_qkv_projections()
     return model
@@ -85,6 +95,7 @@ FORMS = {
     "a timestep for every token": (transformer, {"per_token": True}),
     "a patch of two frames": (lambda: transformer(patch_size=(2, 2, 2)), {"grid": (4, 5, 7)}),
     "bf16": (lambda: transformer().to(torch.bfloat16), {"dtype": torch.bfloat16}),
+    "bf16, as loaded": (loaded_in_bf16, {"dtype": torch.bfloat16}),
     "VACE": (vace_transformer, {"control": True}),
     "VACE, fused": (lambda: fused(vace_transformer()), {"control": True}),
 }
