@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from core.adapter import ModelAdapter
@@ -47,6 +48,7 @@ class AppliedStrategy:
         self._adapter = adapter
         self._steps = StepTracker(pipeline)
         self._context: AttentionContext | None = None
+        self._padding = 0
         self._generating = False
         self._layers = adapter.attention_layers(denoiser)
         self._attends = [LayerAttention(self, index) for index in range(len(self._layers))]
@@ -70,13 +72,18 @@ class AppliedStrategy:
     def attend(
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Run the strategy for one layer of the current denoiser call."""
+        """Run the strategy for one layer of the current denoiser call; padded tokens get zeros."""
         if self._context is None:
             raise InstallError(
                 "attention was called outside the denoiser's own forward, so layout and step are unknown; "
                 "call the transformer itself, not one of its blocks"
             )
-        return self.strategy(query, key, value, self._context.at_layer(layer_index))
+        context = self._context.at_layer(layer_index)
+        if not self._padding:
+            return self.strategy(query, key, value, context)
+        valid = query.shape[2] - self._padding
+        output = self.strategy(query[:, :, :valid], key[:, :, :valid], value[:, :, :valid], context)
+        return F.pad(output, (0, 0, 0, self._padding))
 
     def report(self) -> ExecutionReport:
         """What was executed for the latest video; see ExecutionReport."""
@@ -141,6 +148,7 @@ class AppliedStrategy:
             installed().hooks.hook.generation_started(
                 strategy=self.strategy, layout=call.layout, num_steps=self._steps.num_steps
             )
+        self._padding = call.padding
         self._context = AttentionContext(
             layout=call.layout,
             num_layers=len(self._layers),

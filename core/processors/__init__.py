@@ -8,5 +8,6 @@ from core.hookspecs import hookimpl
 def register_model_adapters() -> list[ModelAdapter]:
     from core.processors.cogvideox import CogVideoXAdapter
     from core.processors.flux import FluxAdapter
+    from core.processors.hunyuan_video import HunyuanVideoAdapter
 
-    return [CogVideoXAdapter(), FluxAdapter()]
+    return [CogVideoXAdapter(), FluxAdapter(), HunyuanVideoAdapter()]
