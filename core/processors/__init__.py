@@ -9,5 +9,6 @@ def register_model_adapters() -> list[ModelAdapter]:
     from core.processors.cogvideox import CogVideoXAdapter
     from core.processors.flux import FluxAdapter
     from core.processors.hunyuan_video import HunyuanVideoAdapter
+    from core.processors.ltx_video import LTXVideoAdapter
 
-    return [CogVideoXAdapter(), FluxAdapter(), HunyuanVideoAdapter()]
+    return [CogVideoXAdapter(), FluxAdapter(), HunyuanVideoAdapter(), LTXVideoAdapter()]
