@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from core.adapter import DenoiserCall, ModelAdapter
@@ -54,6 +55,7 @@ class DenoiserSession:
         self._strategy = strategy
         self._begin_call = begin_call
         self._context: AttentionContext | None = None
+        self._padding = 0
         self._layers = adapter.attention_layers(denoiser)
         self._attends = [LayerAttention(self, index) for index in range(self.num_layers)]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -83,13 +85,18 @@ class DenoiserSession:
     def attend(
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Run the strategy for one layer of the current denoiser call."""
+        """Run the strategy for one layer of the current denoiser call; padded tokens get zeros."""
         if self._context is None:
             raise InstallError(
                 "attention was called outside the denoiser's own forward, so layout and step are unknown; "
                 "call the transformer itself, not one of its blocks"
             )
-        return self._strategy(query, key, value, self._context.at_layer(layer_index))
+        context = self._context.at_layer(layer_index)
+        if not self._padding:
+            return self._strategy(query, key, value, context)
+        valid = query.shape[2] - self._padding
+        output = self._strategy(query[:, :, :valid], key[:, :, :valid], value[:, :, :valid], context)
+        return F.pad(output, (0, 0, 0, self._padding))
 
     def remove(self) -> None:
         """Restore the model's own processors."""
@@ -137,7 +144,9 @@ class DenoiserSession:
         if not all(self._is_ours(layer.processor) for layer in self._layers):
             logger.info("processors were replaced since installation (fused projections?); installing again")
             self._set_processors()
-        self._context = self._begin_call(self, self._adapter.read_call(denoiser, args, kwargs))
+        call = self._adapter.read_call(denoiser, args, kwargs)
+        self._padding = call.padding
+        self._context = self._begin_call(self, call)
 
     def _after_call(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self._strategy.verify_outputs()
