@@ -18,16 +18,19 @@ class DenoiserCall:
     Args:
         layout (TokenLayout): text and grid of the sequence.
         timestep (float): the scheduler's timestep.
-        branch (str): which half of classifier-free guidance the batch holds.
+        branch (str): which half of classifier-free guidance the batch holds. Default: ``"both"``
+        padding (int): tokens behind those of ``layout`` that the model masks: never keys, and what their own
+            rows give reaches nothing. Strategies do not see them. Default: 0
     """
 
     layout: TokenLayout
     timestep: float
     branch: Branch = "both"
+    padding: int = 0
 
 
 class AttendFunction(Protocol):
-    """What a processor calls with projected tensors of shape ``[B, H, S, D]``."""
+    """What a processor calls with projected tensors of shape ``[B, H, S, D]``, padding last."""
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor: ...
 
@@ -57,4 +60,8 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
-        """Layout and timestep from the arguments of the denoiser's ``forward``."""
+        """Layout, timestep and padding from the arguments of the denoiser's ``forward``.
+
+        Raises:
+            UnsupportedCallError: no one layout describes the tokens of all batch entries.
+        """

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from core.apply import AppliedStrategy
+    from core.session import DenoiserSession
 
-_sessions: "weakref.WeakValueDictionary[int, AppliedStrategy]" = weakref.WeakValueDictionary()
+_sessions: "weakref.WeakValueDictionary[int, DenoiserSession]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register_session(session: "AppliedStrategy") -> int:
+def register_session(session: "DenoiserSession") -> int:
     """Number under which compiled code finds ``session`` as long as it lives."""
     number = next(_numbers)
     _sessions[number] = session
@@ -30,7 +30,7 @@ def register_session(session: "AppliedStrategy") -> int:
 def attend_compiled(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: torch.Tensor
 ) -> torch.Tensor:
-    """`AppliedStrategy.attend` for compiled code.
+    """`DenoiserSession.attend` for compiled code.
 
     Args:
         query (Tensor): ``[B, H, S, D]``; key and value likewise.

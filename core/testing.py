@@ -12,6 +12,7 @@ Each test is a method without fixtures, so other runners can call them too.
 """
 
 import random
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -189,7 +190,7 @@ class StrategyConformance:
         assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
 
     def test_batch_equals_single_runs(self) -> None:
-        for layout in LAYOUTS[:3]:
+        for layout in LAYOUTS[:4]:
             query, key, value = self.inputs(layout, batch=2)
             together = self.make()(query, key, value, AttentionContext(layout))
             for index in range(2):
@@ -210,7 +211,7 @@ class StrategyConformance:
         if not self.make().heads_alike:
             return
         chosen = [2, 0]
-        for layout in LAYOUTS[:3]:
+        for layout in LAYOUTS[:4]:
             tensors = self.inputs(layout, heads=3)
             together = self.make()(*tensors, AttentionContext(layout))
             query, key, value = (part[:, chosen] for part in tensors)
@@ -241,11 +242,19 @@ class StrategyConformance:
 
     def test_two_shapes_in_turn(self) -> None:
         strategy = self.make()
-        for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[0]):
+        text_last = replace(LAYOUTS[0], text_first=False)
+        for layout in (LAYOUTS[0], LAYOUTS[1], text_last, LAYOUTS[0]):
             query, key, value = self.inputs(layout)
             output = strategy(query, key, value, AttentionContext(layout))
             fresh = self.make()(query, key, value, AttentionContext(layout))
             assert torch.equal(output, fresh), layout.describe()
+
+    def test_without_text_its_place_means_nothing(self) -> None:
+        layout = LAYOUTS[2]
+        tensors = self.inputs(layout)
+        first = self.make()(*tensors, AttentionContext(layout))
+        last = self.make()(*tensors, AttentionContext(replace(layout, text_first=False)))
+        assert torch.equal(first, last)
 
     def test_warm_up_is_dense(self) -> None:
         strategy = self.make(dense_layers=1, dense_timesteps=2)

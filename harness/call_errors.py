@@ -92,8 +92,6 @@ def measure(config: CallErrorsConfig, command: str) -> dict[str, Any]:
     steps = sampled_steps(0, model.settings.steps, config.steps_measured)
     probe = ProbeStrategy(config.strategies, steps)
     for prompt in config.prompts:
-        for strategy in config.strategies:
-            strategy.reset()
         denoise(model, probe, prompt, SEED)
     return provenance(model.device, command) | {
         "created_at": utc_now(),

@@ -176,13 +176,18 @@ class Tables(NamedTuple):
 
 
 def summarise(trials: Iterable[Trial], ranges: Sequence[range], prompts: int) -> Tables:
-    """The tables of all trials, every step and layer of them with every candidate."""
+    """The tables of all trials, every step and layer of them with every candidate.
+
+    Where the halves of guidance are calls of their own, a step has several trials of one kind per prompt;
+    their damages add up, as they do over the batch of a single call.
+    """
     trials = sorted(trials)
-    last = trials[-1]
-    # Sorted by step, layer and candidate; the prompts of one place stand together.
-    grid = (1 + last.step, 1 + last.layer, 1 + last.candidate, prompts)
-    errors = torch.tensor([one.errors for one in trials], dtype=torch.float64).view(*grid, -1).mean(3)
-    damages = torch.tensor([one.damages for one in trials], dtype=torch.float64).view(*grid, -1).mean(3)
+    last, heads = trials[-1], len(trials[-1].errors)
+    # Sorted by step, layer and candidate; the prompts and calls of one place stand together.
+    grid = (1 + last.step, 1 + last.layer, 1 + last.candidate, -1)
+    errors = torch.tensor([one.errors for one in trials], dtype=torch.float64).view(*grid, heads).mean(3)
+    damages = torch.tensor([one.damages for one in trials], dtype=torch.float64).view(*grid, heads).sum(3)
+    damages /= prompts
     densities = torch.tensor([one.density for one in trials], dtype=torch.float64).view(grid).mean(3)
     times = torch.tensor([one.time_ms for one in trials], dtype=torch.float64).view(grid)
     return Tables(

@@ -97,7 +97,7 @@ class CompositionRuns:
         self._candidates = candidates
         self._starts = starts
         self._journal = journal
-        self._layers = find_adapter(model.pipeline.transformer).attention_layers(model.pipeline.transformer)
+        self._layers = find_adapter(model.denoiser).attention_layers(model.denoiser)
         self._reference: tuple[str, RecordedDenoiser, torch.Tensor] | None = None
 
     def facts(self, prompt: str) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class CompositionRuns:
     def _prepared(self, prompt: str) -> tuple[RecordedDenoiser, torch.Tensor]:
         """The recording of the prompt's dense video, and its latents; those of one prompt are kept."""
         if self._reference is None or self._reference[0] != prompt:
-            denoiser = RecordedDenoiser(self._model.pipeline.transformer)
+            denoiser = RecordedDenoiser(self._model.denoiser)
             with denoiser.recorded():
                 latents = denoise(self._model, create_strategy(DENSE), prompt, SEED).latents
             self._reference = (prompt, denoiser, latents)

@@ -9,7 +9,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from harness.command import make_parser, parse_options
 from harness.environment import SOURCE_ROOT
 from harness.errors import BenchError
-from harness.models import DEMO, RANDOM_2B, TINY, preset_name
+from harness.models import DEMO, MODEL_CHOICE, SMALL, preset_name
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PROMPTS = 2
@@ -27,7 +27,7 @@ class BenchConfig:
     """Checked settings of one call of the benchmark.
 
     Args:
-        model (str): ``demo``, ``tiny-random``, a folder or a hub id.
+        model (str): as in `harness.models.load_model`.
         strategies (list[str], Optional): strategy specs; None means all that run on the device.
         prompts (list[str]): the prompts, without repeats.
         seeds (list[int]): seeds, without repeats.
@@ -133,12 +133,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _add_job_options(parser: ArgumentParser) -> None:
     jobs = parser.add_argument_group("what to run")
-    jobs.add_argument(
-        "--model",
-        type=str,
-        default=DEMO,
-        help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id (CogVideoX family)",
-    )
+    jobs.add_argument("--model", type=str, default=DEMO, help=MODEL_CHOICE)
     jobs.add_argument(
         "--strategies",
         type=str,
@@ -182,5 +177,5 @@ def _choose_prompts(options: Namespace) -> list[str]:
 
 def default_prompts(model: str) -> Path:
     """The prompts file that fits a model: of this folder if it has one, else of the source tree."""
-    name = SHORT_PROMPTS if model in {DEMO, TINY} else LONG_PROMPTS
+    name = SHORT_PROMPTS if model in SMALL else LONG_PROMPTS
     return Path(name) if Path(name).exists() else SOURCE_ROOT / name

@@ -123,6 +123,7 @@ def run(config: DistillConfig, command: str) -> dict[str, Any]:
 def _run(config: DistillConfig, command: str) -> dict[str, Any]:
     started = time.perf_counter()
     model = config.model.load()
+    denoiser = model.denoiser
     dense = _videos(model, None, config.held_out)
     before = _videos(model, config.spec, config.held_out)
     unseen = record_teacher(model, config.held_out, HELD_OUT_SEED)
@@ -139,7 +140,7 @@ def _run(config: DistillConfig, command: str) -> dict[str, Any]:
     error_after = call_error(model, config.spec.create(), unseen)
     after = _videos(model, config.spec, config.held_out)
     dense_after = _videos(model, None, config.held_out)
-    model.pipeline.transformer.save_pretrained(config.output / "transformer")
+    denoiser.save_pretrained(config.output / "transformer")
     record = provenance(model.device, command) | {
         "strategy": config.spec.label,
         "model": model.name,

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import AttentionStrategy, UnsupportedCallError, apply_strategy, create_strategy
+from core.apply import find_adapter
+from core.schedule import StepTracker
 from harness.generate import denoise
 from harness.models import LoadedModel
 
@@ -59,15 +61,15 @@ def record_teacher(
         videos (int): videos per prompt. Default: 1
     """
     calls: list[TeacherCall] = []
-    begun = 0
+    adapter, steps = find_adapter(model.denoiser), StepTracker(model.pipeline)
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(TeacherCall(len(calls) - begun, kwargs, output[0].detach()))
+        steps.advance(adapter.read_call(module, args, kwargs).timestep)
+        calls.append(TeacherCall(steps.step_index, kwargs, output[0].detach()))
 
-    hook = model.pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    hook = model.denoiser.register_forward_hook(keep, with_kwargs=True)
     try:
         for number, prompt in enumerate([prompt for prompt in prompts for _ in range(videos)]):
-            begun = len(calls)
             denoise(model, create_strategy("dense"), prompt, first_seed + number)
     finally:
         hook.remove()
@@ -96,7 +98,7 @@ def call_error(model: LoadedModel, strategy: AttentionStrategy, calls: Sequence[
 
 def _denoise(model: LoadedModel, call: TeacherCall) -> torch.Tensor:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        return model.pipeline.transformer(**call.arguments)[0]
+        return model.denoiser(**call.arguments)[0]
 
 
 def _relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -149,7 +151,7 @@ def distill(
         raise UnsupportedCallError(
             f"strategy '{strategy.name}' has no backward pass, so no model can be trained under it"
         )
-    transformer = model.pipeline.transformer
+    transformer = model.denoiser
     trained = list(transformer.parameters())
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: trapezoid(done, settings.updates))

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from core import AttentionStrategy, ExecutionReport, apply_strategy
-from core.apply import find_adapter
+from core.apply import find_adapter, find_denoisers
 from harness.models import LoadedModel
 from harness.timing import DenoiseClock, StepCallback, peak_memory_bytes, reset_peak_memory, synchronise
 
@@ -18,7 +19,8 @@ class Denoised:
     """Outcome of one denoising pass.
 
     Args:
-        latents (Tensor): as the pipeline returns them, ``[1, F, C, H, W]``.
+        latents (Tensor): as the pipeline returns them, ``[1, F, C, H, W]`` of CogVideoX, ``[1, C, F, H, W]``
+            of Wan.
         denoise_time_s (float): see `DenoiseClock`.
         tokens (int): sequence length.
         report (ExecutionReport): what the strategy executed, with its attention time.
@@ -84,13 +86,14 @@ def denoise(
     """Text to latents; see `generate` for the arguments. ``steps`` replaces the model's setting."""
     pipeline, settings = model.pipeline, model.settings
     steps = steps or settings.steps
-    adapter, tokens = find_adapter(pipeline.transformer), []
+    denoiser, *others = find_denoisers(pipeline)
+    tokens: list[int] = []
 
-    def read_tokens(args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens.append(adapter.read_call(pipeline.transformer, args, kwargs).layout.sequence_length)
+    def read_tokens(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens.append(find_adapter(called).read_call(called, args, kwargs).layout.sequence_length)
 
     clock = DenoiseClock(
-        pipeline.transformer, model.device, steps, on_step=on_step, on_first_call=read_tokens
+        denoiser, model.device, steps, others=others, on_step=on_step, on_first_call=read_tokens
     )
     with apply_strategy(pipeline, strategy, time_attention=True) as run, clock:
         latents = pipeline(
@@ -100,10 +103,10 @@ def denoise(
             num_frames=settings.num_frames,
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale,
-            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=clock.on_step_end,
             output_type="latent",
+            **model.family.call_arguments(pipeline),
         ).frames
         report = run.report()
     if clock.elapsed_s is None:
@@ -119,10 +122,7 @@ def decode(model: LoadedModel, latents: torch.Tensor) -> np.ndarray:
         ndarray: ``[F, H, W, 3]`` uint8.
     """
     pipeline = model.pipeline
-    # CogVideoX 1.5 pads the latent frames to its temporal patch; the padding stands first.
-    latent_frames = (model.settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
-    padding = latents.shape[1] - latent_frames
-    video = pipeline.decode_latents(latents[:, padding:])
+    video = model.family.decode(pipeline, latents, model.settings)
     frames = pipeline.video_processor.postprocess_video(video=video, output_type="np")[0]
     pipeline.maybe_free_model_hooks()
     return np.rint(frames * 255).astype(np.uint8)

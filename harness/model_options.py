@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from harness.config import Dtype, default_prompts, read_prompts
 from harness.environment import resolve_device
 from harness.errors import BenchError
-from harness.models import DEMO, RANDOM_2B, TINY, LoadedModel, check_request, load_model
+from harness.models import DEMO, MODEL_CHOICE, LoadedModel, check_request, load_model
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class ModelOptions:
 
 def add_model_options(parser: ArgumentParser, choose_dtype: bool = True) -> None:
     """Let a command line choose a model, and its dtype unless the command fixes that."""
-    parser.add_argument(
-        "--model", type=str, default=DEMO, help=f"{DEMO}, {TINY}, {RANDOM_2B}, a folder or a hub id"
-    )
+    parser.add_argument("--model", type=str, default=DEMO, help=MODEL_CHOICE)
     parser.add_argument("--steps", type=int, help="steps of the schedule (default: the model's)")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda[:INDEX]")
     if choose_dtype:

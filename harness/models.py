@@ -1,55 +1,41 @@
 """Models of the benchmark: loading a pipeline, and the call settings it is run with."""
 
 import importlib
+import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from core.apply import find_denoisers
 from harness.errors import BenchError
-from harness.tiny_model import build_random_2b_pipeline, build_tiny_pipeline
+from harness.model_families import (
+    COGVIDEOX,
+    FAMILIES,
+    WAN,
+    CallSettings,
+    ModelFamily,
+    family_of_class,
+    family_of_name,
+)
+from harness.tiny_model import build_random_2b_pipeline, build_tiny_pipeline, build_tiny_wan_pipeline
 
 DEMO = "demo"
 TINY = "tiny-random"
+TINY_WAN = "tiny-random-wan"
 RANDOM_2B = "cogvideox-2b-random"
+BUILT_IN = {DEMO: COGVIDEOX, TINY: COGVIDEOX, TINY_WAN: WAN, RANDOM_2B: COGVIDEOX}
+SMALL = (DEMO, TINY, TINY_WAN)
+"""Models for short prompts, whose times on a GPU say nothing about large ones."""
+MODEL_CHOICE = f"{', '.join(BUILT_IN)}, a folder or a hub id (CogVideoX and Wan)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_REASON = 300
-SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder times 2 of the patches
-MOST_PIXELS, MOST_FRAMES = 4096, 1025  # past any CogVideoX model; a typing error, not a wish
-
-
-@dataclass(frozen=True)
-class CallSettings:
-    """How every video of a run is generated.
-
-    Args:
-        height (int): pixels, a multiple of 16.
-        width (int): pixels, a multiple of 16.
-        num_frames (int): 4k + 1 where the autoencoder compresses time by 4.
-        steps (int): denoising steps.
-        guidance_scale (float): classifier-free guidance; 1.0 means none.
-        fps (int): frames per second of the video files.
-    """
-
-    height: int
-    width: int
-    num_frames: int
-    steps: int
-    guidance_scale: float
-    fps: int
-
-    @property
-    def size(self) -> dict[str, int]:
-        """Height, width and frames, as rows record them."""
-        return {"height": self.height, "width": self.width, "num_frames": self.num_frames}
-
-    def changed(self, requested: dict[str, Any]) -> "CallSettings":
-        """The same settings with every value of ``requested`` that is not None."""
-        given = {name: value for name, value in requested.items() if value is not None}
-        return CallSettings(**(asdict(self) | given))
+SIZE_MULTIPLE = 16  # pixels: the least that a family needs, 8 of the autoencoder times 2 of the patches
+MOST_PIXELS, MOST_FRAMES = 4096, 1025  # past any model; a typing error, not a wish
 
 
 @dataclass(frozen=True)
@@ -61,6 +47,26 @@ class LoadedModel:
     settings: CallSettings
     device: torch.device
     dtype: str
+
+    @property
+    def family(self) -> ModelFamily:
+        """What is known of pipelines of this class."""
+        return _family_or_refuse(self.name, type(self.pipeline).__name__)
+
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser, where there can be only one.
+
+        Raises:
+            BenchError: the pipeline has two, for different steps.
+        """
+        denoisers = find_denoisers(self.pipeline)
+        if len(denoisers) > 1:
+            raise BenchError(
+                f"model '{self.name}' has {len(denoisers)} denoisers for different steps, and this command "
+                "works on the weights of one; take a model with one"
+            )
+        return denoisers[0]
 
 
 TINY_SETTINGS = CallSettings(height=128, width=128, num_frames=9, steps=4, guidance_scale=6.0, fps=8)
@@ -86,20 +92,58 @@ def preset_name(model: str) -> str:
 
 
 def preset_names(model: str) -> tuple[str, ...]:
-    """Presets that fit a model: its own (``cogvideox-2b``), then its family's (``cogvideox``)."""
+    """Presets that fit a model: its own (``cogvideox-2b``), then its family's (``cogvideox``).
+
+    Raises:
+        BenchError: a model whose name does not tell its family cannot be read, or is of none that is known.
+    """
     own = preset_name(model)
-    return (own,) if model in (DEMO, TINY) else (own, "cogvideox")
+    if model in SMALL:
+        return (own,)
+    named = None if Path(model).is_dir() else family_of_name(own)
+    return (named or find_family(model)).preset_names(own)
 
 
-def default_dtype(model: str, device: torch.device) -> str:
+def default_dtype(model: str, family: ModelFamily, device: torch.device) -> str:
     """float32 on a CPU; on CUDA bfloat16, or float16 for CogVideoX-2b, which was trained in it."""
-    if device.type == "cpu":
-        return "float32"
-    return "float16" if preset_name(model).endswith("-2b") else "bfloat16"
+    return "float32" if device.type == "cpu" else family.gpu_dtype(preset_name(model))
+
+
+def find_family(model: str) -> ModelFamily:
+    """The family of a model, by the class in its ``model_index.json``.
+
+    Args:
+        model (str): as given to ``--model``.
+
+    Raises:
+        BenchError: it cannot be read, or is not a text-to-video pipeline of a known family.
+    """
+    if model in BUILT_IN:
+        return BUILT_IN[model]
+    from transformers.utils import cached_file
+
+    try:
+        index = json.loads(Path(cached_file(model, "model_index.json")).read_text(encoding="utf-8"))
+    except Exception as error:  # hub and file errors come in dozens of types
+        raise _not_loaded(model, error) from error
+    return _family_or_refuse(model, index.get("_class_name", "pipeline without a class"))
+
+
+def _family_or_refuse(model: str, kind: str) -> ModelFamily:
+    family = family_of_class(kind)
+    if family is None:
+        known = " or ".join(family.pipeline_class for family in FAMILIES)
+        raise BenchError(f"model '{model}' is a {kind}; expected a {known}, text to video")
+    return family
+
+
+def _not_loaded(model: str, error: Exception) -> BenchError:
+    reason = str(error).strip().split("\n")[0][:LONGEST_REASON] or type(error).__name__
+    return BenchError(f"cannot load model '{model}': {reason}")
 
 
 def check_request(model: str, requested: dict[str, Any]) -> None:
-    """Refuse what no CogVideoX model can do, before anything is loaded.
+    """Refuse what no model can do, before anything is loaded.
 
     Args:
         model (str): name as given to ``--model``.
@@ -130,7 +174,7 @@ def check_request(model: str, requested: dict[str, Any]) -> None:
         raise BenchError(f"--num-frames must be at most {MOST_FRAMES}, got {frames}")
     if model == DEMO:
         _check_demo_size(requested)
-    elif model not in {TINY, RANDOM_2B}:
+    elif model not in BUILT_IN:
         _check_exists(model)
 
 
@@ -141,10 +185,10 @@ def load_model(
     dtype: str | None = None,
     low_memory: bool = False,
 ) -> LoadedModel:
-    """Load a CogVideoX pipeline.
+    """Load a text-to-video pipeline.
 
     Args:
-        name (str): ``"demo"``, ``"tiny-random"``, ``"cogvideox-2b-random"``, a folder or a hub id.
+        name (str): key of `BUILT_IN`, a folder or a hub id.
         requested (dict): settings that replace the model's own; None where not given.
         device (torch.device): where to run.
         dtype (str, Optional): key of `DTYPES`. Default: see `default_dtype`
@@ -153,16 +197,12 @@ def load_model(
     Raises:
         BenchError: the model cannot be loaded, or cannot make videos of that size.
     """
-    dtype = dtype or default_dtype(name, device)
     silence_libraries()
-    if name == TINY:
-        pipeline = _tiny(DTYPES[dtype])
-    elif name == RANDOM_2B:
-        pipeline = build_random_2b_pipeline(DTYPES[dtype], device)
-    else:
-        pipeline = _read_pipeline(name, DTYPES[dtype])
-    settings = _own_settings(name, pipeline).changed(requested)
-    _check_settings(name, pipeline, settings)
+    family = find_family(name)
+    dtype = dtype or default_dtype(name, family, device)
+    pipeline = _make_pipeline(name, family, DTYPES[dtype], device)
+    settings = _own_settings(name, family, pipeline).changed(requested)
+    family.check_settings(name, pipeline, settings)
     pipeline.set_progress_bar_config(disable=True)
     if low_memory:
         pipeline.vae.enable_tiling()
@@ -183,11 +223,6 @@ def silence_libraries() -> None:
         library.disable_progress_bar()
 
 
-def _tiny(dtype: torch.dtype) -> Any:
-    pipeline = build_tiny_pipeline()
-    return pipeline if dtype == torch.float32 else pipeline.to(dtype)
-
-
 def _check_demo_size(requested: dict[str, Any]) -> None:
     own = demo_settings().size
     asked = {name: requested.get(name) or value for name, value in own.items()}
@@ -206,14 +241,27 @@ def _check_exists(name: str) -> None:
         return
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
         raise BenchError(
-            f"there is no model '{name}'; expected {DEMO}, {TINY}, {RANDOM_2B}, an existing folder or a hub "
-            "id such as zai-org/CogVideoX-2b"
+            f"there is no model '{name}'; expected {', '.join(BUILT_IN)}, an existing folder or a hub id "
+            "such as zai-org/CogVideoX-2b"
         )
 
 
-def _read_pipeline(name: str, dtype: torch.dtype) -> Any:
+def _make_pipeline(name: str, family: ModelFamily, dtype: torch.dtype, device: torch.device) -> Any:
+    if name == RANDOM_2B:
+        return build_random_2b_pipeline(dtype, device)
+    exact = dict.fromkeys(family.exact_parts, torch.float32)
+    if name not in {TINY, TINY_WAN}:
+        return _read_pipeline(name, exact | {"default": dtype} if exact else dtype)
+    pipeline = build_tiny_pipeline() if name == TINY else build_tiny_wan_pipeline()
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            module.to(exact.get(part, dtype))
+    return pipeline
+
+
+def _read_pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
     # Of the parts of diffusers only this one; the others are loaded by name from model_index.json.
-    from diffusers import CogVideoXPipeline, DiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     source = name
     if name == DEMO:
@@ -222,41 +270,12 @@ def _read_pipeline(name: str, dtype: torch.dtype) -> Any:
         if not (weights / "model_index.json").is_file():
             raise BenchError(f"the demo model's weights are missing from this installation ({weights})")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except Exception as error:  # hub, file and weight errors come in dozens of types
-        reason = str(error).strip().split("\n")[0][:LONGEST_REASON] or type(error).__name__
-        raise BenchError(f"cannot load model '{name}': {reason}") from error
-    if not isinstance(pipeline, CogVideoXPipeline):
-        kind = type(pipeline).__name__
-        raise BenchError(f"model '{name}' is a {kind}; expected a CogVideoX text-to-video pipeline")
-    return pipeline
+        raise _not_loaded(name, error) from error
 
 
-def _own_settings(name: str, pipeline: Any) -> CallSettings:
-    if name in {DEMO, TINY}:
-        return demo_settings() if name == DEMO else TINY_SETTINGS
-    config = pipeline.transformer.config
-    if config.patch_size_t is not None:  # CogVideoX 1.5, whose configuration holds no usable size
-        return CallSettings(height=768, width=1360, num_frames=81, steps=50, guidance_scale=6.0, fps=16)
-    return CallSettings(
-        height=config.sample_height * pipeline.vae_scale_factor_spatial,
-        width=config.sample_width * pipeline.vae_scale_factor_spatial,
-        num_frames=config.sample_frames,
-        steps=50,
-        guidance_scale=6.0,
-        fps=8,
-    )
-
-
-def _check_settings(name: str, pipeline: Any, settings: CallSettings) -> None:
-    config = pipeline.transformer.config
-    if not config.use_learned_positional_embeddings:
-        return
-    factor = pipeline.vae_scale_factor_spatial
-    own = (config.sample_frames, config.sample_width * factor, config.sample_height * factor)
-    asked = (settings.num_frames, settings.width, settings.height)
-    if asked != own:
-        raise BenchError(
-            f"model '{name}' has learned positions for {own[0]} frames of {own[1]}x{own[2]} only, got "
-            f"{asked[0]} frames of {asked[1]}x{asked[2]}; leave the size out"
-        )
+def _own_settings(name: str, family: ModelFamily, pipeline: Any) -> CallSettings:
+    if name == DEMO:
+        return demo_settings()
+    return TINY_SETTINGS if name in {TINY, TINY_WAN} else family.own_settings(pipeline)

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
 from harness.curves import curve_names
-from harness.models import DEMO, TINY
+from harness.models import SMALL
 from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
 from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
@@ -147,7 +147,7 @@ def _provenance(settings: dict[str, Any], rows: Sequence[ResultRow]) -> list[tup
 def times_notice(settings: dict[str, Any]) -> str:
     """What must be said where times do not carry over: on a CPU, and of a small model on a GPU."""
     if not runs_on_cpu(settings):
-        return SMALL_MODEL_NOTICE if settings["model"] in (DEMO, TINY) else ""
+        return SMALL_MODEL_NOTICE if settings["model"] in SMALL else ""
     return (
         "These times were taken on a CPU and say nothing about times on a GPU, where other kernels run. "
         "Read density and fidelity here; measure speed on the GPU you mean to use."

@@ -104,6 +104,11 @@ class RecallProbe(AttentionStrategy):
         self._steps = steps
         self.found: list[list[Recall]] = [[] for _ in candidates]
 
+    def reset(self) -> None:
+        """Forget what the candidates keep."""
+        for candidate in self._candidates:
+            candidate.reset()
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> AttentionResult:

@@ -92,6 +92,7 @@ def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
         BenchError: the model cannot be loaded, or its heads have too few dimensions.
     """
     model = config.model.load()
+    weights = _output_weights(model)
     steps = sampled_steps(0, model.settings.steps, config.steps_measured)
     *prompts, held_out = config.prompts
     known = MomentProbe(steps)
@@ -117,7 +118,7 @@ def measure(config: SpectrumConfig, command: str) -> dict[str, Any]:
         "steps": steps,
         "ranks": list(RANKS),
         "scores": _score_facts(layers, fresh, projections),
-        "values": _value_facts(layers, fresh.layers(), _output_weights(model)),
+        "values": _value_facts(layers, fresh.layers(), weights),
     }
 
 
@@ -172,8 +173,7 @@ def _rounded(table: torch.Tensor) -> list[list[float]]:
 
 
 def _output_weights(model: LoadedModel) -> list[torch.Tensor]:
-    transformer = model.pipeline.transformer
-    layers = find_adapter(transformer).attention_layers(transformer)
+    layers = find_adapter(model.denoiser).attention_layers(model.denoiser)
     return [layer.to_out[0].weight for layer in layers]
 
 

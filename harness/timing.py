@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +30,10 @@ class DenoiseClock:
         denoiser (Module): the pipeline's transformer.
         device (torch.device): where it runs.
         num_steps (int): steps of the schedule.
+        others (Sequence[Module]): further denoisers of the pipeline, for other steps. Default: none
         on_step (StepCallback, Optional): told the number of finished steps after each one.
-        on_first_call (Callable, Optional): given (args, kwargs) of the first call, before the clock starts.
+        on_first_call (Callable, Optional): given the denoiser and (args, kwargs) of the first call, before
+            the clock starts.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class DenoiseClock:
         device: torch.device,
         num_steps: int,
         *,
+        others: Sequence[nn.Module] = (),
         on_step: StepCallback | None = None,
-        on_first_call: Callable[[tuple, dict[str, Any]], None] | None = None,
+        on_first_call: Callable[[nn.Module, tuple, dict[str, Any]], None] | None = None,
     ) -> None:
         self.elapsed_s: float | None = None
-        self._denoiser = denoiser
+        self._denoisers = (denoiser, *others)
         self._device = device
         self._num_steps = num_steps
         self._on_step = on_step
@@ -52,13 +55,17 @@ class DenoiseClock:
         self._started: float | None = None
 
     def __enter__(self) -> "DenoiseClock":
-        self._hook = self._denoiser.register_forward_pre_hook(self._start, prepend=True, with_kwargs=True)
+        self._hooks = [
+            denoiser.register_forward_pre_hook(self._start, prepend=True, with_kwargs=True)
+            for denoiser in self._denoisers
+        ]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def on_step_end(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's callback; returns the tensors unchanged."""
@@ -73,7 +80,7 @@ class DenoiseClock:
         if self._started is not None:
             return
         if self._on_first_call:
-            self._on_first_call(args, kwargs)
+            self._on_first_call(denoiser, args, kwargs)
         synchronise(self._device)
         self._started = time.perf_counter()
 

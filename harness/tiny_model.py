@@ -1,5 +1,5 @@
-"""CogVideoX pipelines with random weights: ``tiny-random`` for trying things out, ``cogvideox-2b-random`` for
-measuring at the true size without a download."""
+"""Pipelines with random weights: ``tiny-random`` (CogVideoX) and ``tiny-random-wan`` for trying things out,
+``cogvideox-2b-random`` for measuring at the true size without a download."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 
 TEXT_LENGTH = 16
 TEXT_DIM = 32
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, WAN_LATENT_CHANNELS = 4, 16
+WAN_TEXT_LENGTH = 512
 
 
 def build_tiny_pipeline() -> Any:
@@ -24,6 +25,26 @@ def build_tiny_pipeline() -> Any:
     for part in parts:
         part.eval()
     return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
+
+
+def build_tiny_wan_pipeline() -> Any:
+    """A `WanPipeline` with fixed random weights: 2 layers, 2 heads of 64, under a million parameters.
+
+    Its videos are noise; the scheduler is that of Wan 2.1 for 480p.
+    """
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    tokenizer = _letter_tokenizer(WAN_TEXT_LENGTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = (_wan_text_encoder(len(tokenizer)), _wan_vae(), _wan_transformer())
+    for part in parts:
+        part.eval()
+    text_encoder, vae, transformer = parts
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
 
 
 def build_random_2b_pipeline(dtype: torch.dtype, device: torch.device) -> Any:
@@ -80,19 +101,28 @@ def _letter_tokenizer(length: int) -> Any:
 def _text_encoder(vocabulary: int, width: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=8,
-        dropout_rate=0.0,
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**_text_sizes(vocabulary, width)))
+
+
+def _wan_text_encoder(vocabulary: int) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(UMT5Config(**_text_sizes(vocabulary, TEXT_DIM)))
+
+
+def _text_sizes(vocabulary: int, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "dropout_rate": 0.0,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
 
 
 def _vae(latent_channels: int) -> Any:
@@ -127,4 +157,25 @@ def _transformer() -> Any:
         temporal_compression_ratio=4,
         max_text_seq_length=TEXT_LENGTH,
         use_rotary_positional_embeddings=True,
+    )
+
+
+def _wan_vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(base_dim=4, z_dim=WAN_LATENT_CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+def _wan_transformer() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=WAN_LATENT_CHANNELS,
+        out_channels=WAN_LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=256,
+        num_layers=2,
     )

@@ -45,6 +45,11 @@ class ProbeStrategy(AttentionStrategy):
         self._densities: list[list[float | torch.Tensor]] = [[] for _ in candidates]
         self.facts: dict[str, Any] = {}
 
+    def reset(self) -> None:
+        """Forget what the candidates keep."""
+        for candidate in self._candidates:
+            candidate.reset()
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
     ) -> AttentionResult:

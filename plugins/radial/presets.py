@@ -29,6 +29,12 @@ PRESETS = (
     ),
     Preset(
         "radial",
+        "wan2.2-a14b",
+        {"rule": "official", "decay_factor": 0.8, "dense_layers": 1, "dense_timesteps": 11},
+        "Wan2.2 A14B, 40 steps: the official code's widths, decay 0.8 and sink.",
+    ),
+    Preset(
+        "radial",
         "hunyuan",
         {"rule": "official", "decay_factor": 0.95, "sink": False, "dense_timesteps": 12},
         "HunyuanVideo, 50 steps: the official code's widths and decay 0.95, without the sink.",

@@ -12,6 +12,12 @@ PRESETS = (
     ),
     Preset(
         "sparge",
+        "wan2.2-a14b",
+        {"topk": 0.4},
+        "Wan2.2 A14B: the value of upstream's example.",
+    ),
+    Preset(
+        "sparge",
         "demo",
         {"density": 0.45, "block_size": 64, "dense_layers": 1, "dense_timesteps": 2},
         "The demo model (17 frames of 240 tokens, 8 layers, 8 steps): blocks of 64 for its small frames.",

@@ -134,6 +134,16 @@ def test_summary_averages_prompts_and_steps_and_sums_squares_over_steps():
     assert tables.times_ms.tolist() == [2, 2]
 
 
+def test_halves_of_guidance_in_calls_of_their_own_add_up_as_they_do_in_one_batch():
+    scales = torch.rand(2, 3, 4, dtype=torch.float64).tolist()  # halves, prompts, steps
+    apart = [trial(step, 0, 0, own[step]) for half in scales for own in half for step in range(4)]
+    tables = summarise(apart, [range(0, 4)], prompts=3)
+    damage = 3 * sum(sum(own) for half in scales for own in half) / 3
+    assert tables.damages[0, 0, 0, 0].item() == pytest.approx(damage)
+    assert tables.errors[0, 0, 1, 0].item() == pytest.approx(2 * torch.tensor(scales).mean().item())
+    assert tables.densities.shape == (1, 1, 1) and tables.times_ms.tolist() == [1.0]
+
+
 def test_gains_and_factors_foretell_what_was_measured():
     generator = torch.Generator().manual_seed(0)
     damages = torch.rand(3, 4, 2, 3, generator=generator, dtype=torch.float64)

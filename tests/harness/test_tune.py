@@ -10,6 +10,7 @@ from core.calibration import Calibration
 from core.registry import installed
 from core.testing import random_qkv
 from harness import tune
+from harness.recall import RecallProbe
 from harness.tuning import Measurement, ProbeStrategy, choose_values, relative_l1, sampled_steps
 
 TINY = ["--model", "tiny-random", "--steps", "2", "--steps-measured", "2"]
@@ -48,6 +49,14 @@ def test_the_cheapest_value_within_the_bound_everywhere_is_chosen():
     values, errors = choose_values([0.2, 0.5, 1.0], measurements, 0.1)
     assert values == [[0.5, 1.0], [0.2, 0.5]]
     assert errors == [[0.06, 0.2], [0.01, 0.05]]
+
+
+def test_probes_forget_what_their_candidates_keep():
+    for probe in (ProbeStrategy, RecallProbe):
+        candidate = create_strategy("gilbert-block", refresh_every=5)
+        candidate._selected["layer"] = None
+        probe([candidate], {0}).start_video()
+        assert not candidate._selected, probe
 
 
 def test_probe_is_dense_and_measures_only_its_steps():
