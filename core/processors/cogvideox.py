@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
-from core.errors import InstallError, UnsupportedCallError
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.processors.processor import StrategyProcessor, check_original
 
 
-class CogVideoXProcessor:
+class CogVideoXProcessor(StrategyProcessor):
     """Attention processor of one CogVideoX layer with a strategy in place of dense attention.
 
     Projections, query and key norm and rotary embedding follow
@@ -23,13 +24,8 @@ class CogVideoXProcessor:
         fused (bool): one matrix projects query, key and value.
     """
 
-    # diffusers looks for these two on processors that take part in its dispatcher and parallelism.
-    _attention_backend = None
-    _parallel_config = None
-
     def __init__(self, original: Any, attend: AttendFunction, fused: bool) -> None:
-        self.original = original
-        self.attend = attend
+        super().__init__(original, attend)
         self.fused = fused
 
     def __call__(
@@ -108,14 +104,9 @@ class CogVideoXAdapter(ModelAdapter):
             FusedCogVideoXAttnProcessor2_0,
         )
 
-        if isinstance(original, FusedCogVideoXAttnProcessor2_0):
-            return CogVideoXProcessor(original, attend, fused=True)
-        if isinstance(original, CogVideoXAttnProcessor2_0):
-            return CogVideoXProcessor(original, attend, fused=False)
-        raise InstallError(
-            f"expected diffusers' own CogVideoX attention processor, found {type(original).__name__}; "
-            "restore the model's processors before installing a strategy"
-        )
+        own = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+        check_original(original, *own, family="CogVideoX")
+        return CogVideoXProcessor(original, attend, fused=type(original) is FusedCogVideoXAttnProcessor2_0)
 
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         named = dict(zip(("hidden_states", "encoder_hidden_states", "timestep"), args, strict=False)) | kwargs

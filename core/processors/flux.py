@@ -6,32 +6,21 @@ import torch
 from torch import nn
 
 from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
-from core.errors import InstallError, UnsupportedCallError
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.processors.processor import StrategyProcessor, check_original
 
 TIMESTEPS = 1000.0  # the model takes timesteps divided by this
 
 
-class FluxProcessor:
+class FluxProcessor(StrategyProcessor):
     """Attention processor of one FLUX layer with a strategy in place of dense attention.
 
     Projections, query and key norm and rotary embedding follow
     ``diffusers.models.transformers.transformer_flux.FluxAttnProcessor`` operation by operation, so that dense
     attention gives bit-identical results. Blocks with two streams pass text beside the image, the others
     pass both in one sequence; text stands first in either.
-
-    Args:
-        original (Any): the processor this one stands in for.
-        attend (AttendFunction): attention over ``[B, H, S, D]`` tensors.
     """
-
-    # diffusers looks for these two on processors that take part in its dispatcher and parallelism.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, original: Any, attend: AttendFunction) -> None:
-        self.original = original
-        self.attend = attend
 
     def __call__(
         self,
@@ -106,12 +95,8 @@ class FluxAdapter(ModelAdapter):
     def make_processor(self, original: Any, attend: AttendFunction) -> FluxProcessor:
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-        if type(original) is FluxAttnProcessor:
-            return FluxProcessor(original, attend)
-        raise InstallError(
-            f"expected diffusers' own FLUX attention processor, found {type(original).__name__}; "
-            "restore the model's processors (unload IP adapters) before installing a strategy"
-        )
+        check_original(original, FluxAttnProcessor, family="FLUX", hint=" (unload IP adapters)")
+        return FluxProcessor(original, attend)
 
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids")

@@ -6,32 +6,21 @@ import torch
 from torch import nn
 
 from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
-from core.errors import InstallError, UnsupportedCallError
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.processors.processor import StrategyProcessor, check_original
 
 ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
 
 
-class HunyuanVideoProcessor:
+class HunyuanVideoProcessor(StrategyProcessor):
     """Attention processor of one HunyuanVideo layer with a strategy in place of dense attention.
 
     Projections, query and key norm and rotary embedding follow
     ``diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0`` operation by
     operation, so that dense attention over text without padding gives bit-identical results. Blocks with two
     streams project video and text apart, the others together; text stands last in either.
-
-    Args:
-        original (Any): the processor this one stands in for.
-        attend (AttendFunction): attention over ``[B, H, S, D]`` tensors.
     """
-
-    # diffusers looks for these two on processors that take part in its dispatcher and parallelism.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, original: Any, attend: AttendFunction) -> None:
-        self.original = original
-        self.attend = attend
 
     def __call__(
         self,
@@ -118,12 +107,8 @@ class HunyuanVideoAdapter(ModelAdapter):
     def make_processor(self, original: Any, attend: AttendFunction) -> HunyuanVideoProcessor:
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 
-        if type(original) is HunyuanVideoAttnProcessor2_0:
-            return HunyuanVideoProcessor(original, attend)
-        raise InstallError(
-            f"expected diffusers' own HunyuanVideo attention processor, found {type(original).__name__}; "
-            "restore the model's processors before installing a strategy"
-        )
+        check_original(original, HunyuanVideoAttnProcessor2_0, family="HunyuanVideo")
+        return HunyuanVideoProcessor(original, attend)
 
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         named = dict(zip(ARGUMENTS, args, strict=False)) | kwargs

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
-from core.errors import InstallError, UnsupportedCallError
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.processors.processor import StrategyProcessor, check_original
 
 ARGUMENTS = (
     "hidden_states",
@@ -22,25 +23,13 @@ ARGUMENTS = (
 )
 
 
-class LTXVideoProcessor:
+class LTXVideoProcessor(StrategyProcessor):
     """Attention processor of one LTX-Video self-attention with a strategy in place of dense attention.
 
     Projections, query and key norm and rotary embedding (before the heads are split) follow
     ``diffusers.models.transformers.transformer_ltx.LTXVideoAttnProcessor`` operation by operation, so that
     dense attention gives bit-identical results.
-
-    Args:
-        original (Any): the processor this one stands in for.
-        attend (AttendFunction): attention over ``[B, H, S, D]`` tensors.
     """
-
-    # diffusers looks for these two on processors that take part in its dispatcher and parallelism.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, original: Any, attend: AttendFunction) -> None:
-        self.original = original
-        self.attend = attend
 
     def __call__(
         self,
@@ -95,12 +84,8 @@ class LTXVideoAdapter(ModelAdapter):
     def make_processor(self, original: Any, attend: AttendFunction) -> LTXVideoProcessor:
         from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 
-        if type(original) is LTXVideoAttnProcessor:
-            return LTXVideoProcessor(original, attend)
-        raise InstallError(
-            f"expected diffusers' own LTX-Video attention processor, found {type(original).__name__}; "
-            "restore the model's processors before installing a strategy"
-        )
+        check_original(original, LTXVideoAttnProcessor, family="LTX-Video")
+        return LTXVideoProcessor(original, attend)
 
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         named = dict(zip(ARGUMENTS, args, strict=False)) | kwargs

@@ -6,30 +6,19 @@ import torch
 from torch import nn
 
 from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
-from core.errors import InstallError, UnsupportedCallError
+from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
+from core.processors.processor import StrategyProcessor, check_original
 
 
-class WanProcessor:
+class WanProcessor(StrategyProcessor):
     """Self-attention processor of one Wan layer with a strategy in place of dense attention.
 
     Projections, query and key norm and rotary embedding follow
     ``diffusers.models.transformers.transformer_wan.WanAttnProcessor`` operation by operation, so that dense
     attention gives bit-identical results. Text and image keys belong to cross-attention, which stays the
     model's own.
-
-    Args:
-        original (Any): the processor this one stands in for.
-        attend (AttendFunction): attention over ``[B, H, S, D]`` tensors.
     """
-
-    # diffusers looks for these two on processors that take part in its dispatcher and parallelism.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, original: Any, attend: AttendFunction) -> None:
-        self.original = original
-        self.attend = attend
 
     def __call__(
         self,
@@ -103,12 +92,8 @@ class WanAdapter(ModelAdapter):
     def make_processor(self, original: Any, attend: AttendFunction) -> WanProcessor:
         from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-        if type(original) is WanAttnProcessor:
-            return WanProcessor(original, attend)
-        raise InstallError(
-            f"expected diffusers' own Wan attention processor, found {type(original).__name__}; "
-            "restore the model's processors before installing a strategy"
-        )
+        check_original(original, WanAttnProcessor, family="Wan")
+        return WanProcessor(original, attend)
 
     def read_call(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> DenoiserCall:
         named = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
