@@ -29,3 +29,13 @@ def test_the_readme_has_two_set_up_commands():
     commands = re.findall(r"<!-- command: (\w+) -->\n```sh\n(.+)\n```", text)
     assert [name for name, _ in commands] == ["bench", "tests"]
     assert all(command.startswith("python3 -m venv") for _, command in commands)
+
+
+def test_the_readme_s_examples_run():
+    """All but the first, which downloads a checkpoint."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "from_pretrained" in blocks[0] and len(blocks) == 3
+    for block in blocks[1:]:
+        scope: dict[str, object] = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        assert scope["output"].shape == scope["query"].shape
