@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from core import AttentionContext, AttentionStrategy
+from core import AttentionContext, AttentionStrategy, InstalledDenoiser
 from core.record import CudaSpan, Stopwatch
 from core.strategy import AttentionResult, dense_result
 from harness.errors import BenchError
@@ -67,6 +67,11 @@ class CandidateProbe(AttentionStrategy):
         self._weights = weights
         self._tried: list[tuple[int, int, int, AttentionResult, CudaSpan | float]] = []
         self.facts: dict[str, Any] = {}
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidates refuse the model."""
+        for candidate in self._candidates:
+            candidate.check_model(denoisers)
 
     def reset(self) -> None:
         """Forget what the candidates keep."""
@@ -117,6 +122,10 @@ class Disturbance(AttentionStrategy):
         super().__init__()
         self._candidate = candidate
         self._steps = steps
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidate refuse the model."""
+        self._candidate.check_model(denoisers)
 
     def reset(self) -> None:
         """Forget what the candidate keeps."""

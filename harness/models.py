@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from core import DenoiserRecord
 from core.apply import find_denoisers
 from harness.errors import BenchError
 from harness.model_families import (
@@ -52,6 +53,11 @@ class LoadedModel:
     def family(self) -> ModelFamily:
         """What is known of pipelines of this class."""
         return _family_or_refuse(self.name, type(self.pipeline).__name__)
+
+    @property
+    def records(self) -> list[DenoiserRecord]:
+        """What the denoisers are, for files that are made for them."""
+        return [DenoiserRecord.of(denoiser) for denoiser in find_denoisers(self.pipeline)]
 
     @property
     def denoiser(self) -> Any:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core import AttentionContext, TokenLayout, create_strategy
+from core import AttentionContext, DenoiserRecord, TokenLayout, create_strategy
 from core.assignment import Candidate, HeadAssignment
 from core.testing import random_qkv, tiny_call, tiny_transformer
 from harness import compose, composition_runs
@@ -30,6 +30,7 @@ from harness.composing import (
 from harness.errors import BenchError
 from harness.replay import RecordedDenoiser
 from harness.run_folder import locked
+from harness.tiny_model import build_tiny_pipeline
 from harness.tuning import relative_l1
 
 TINY = ["--model", "tiny-random", "--steps", "2", "--held-out", "1", "--cost", "density"]
@@ -181,6 +182,7 @@ def test_files_say_what_was_chosen_and_configure_the_strategy(composed):
     for assignment in assignments:
         assert (assignment.size, assignment.first_steps, assignment.num_steps) == ((2, 2), [0, 1], 2)
         assert assignment.predicted["error"] <= assignment.budget and assignment.model == "tiny-random"
+        assert assignment.denoisers == [DenoiserRecord.of(build_tiny_pipeline().transformer)]
         assert assignment.made["command"].startswith("python -m harness.compose --candidates sparge:")
         named = {index for layers in assignment.choices for heads in layers for index in heads}
         assert named == set(range(len(assignment.candidates)))
@@ -232,7 +234,7 @@ def test_the_cheapest_by_the_cost_that_was_asked_for(cost, chosen_label):
         cost=cost,
         prompts=["p"],
     )
-    model = SimpleNamespace(name="m", settings=SimpleNamespace(steps=1))
+    model = SimpleNamespace(name="m", records=None, settings=SimpleNamespace(steps=1))
     assignment = compose._assign(config, model, [0], measured, 0.5, {})
     assert [one.label for one in assignment.candidates] == [chosen_label]
     assert assignment.predicted["cost"] == {"time": 0.25, "density": 0.1}[cost]

@@ -100,6 +100,7 @@ def test_a_pipeline_of_two_denoisers(two_denoisers):
     assert made.denoised.report.calls == 2 * 4 * 2 and made.denoised.tokens == TOKENS
     for denoiser in (two_denoisers.pipeline.transformer, two_denoisers.pipeline.transformer_2):
         assert not denoiser._forward_pre_hooks
+    assert [record.kind for record in two_denoisers.records] == ["WanTransformer3DModel"] * 2
     with pytest.raises(BenchError, match="model 'two' has 2 denoisers for different steps"):
         two_denoisers.denoiser  # noqa: B018
 
