@@ -139,9 +139,9 @@ class Disturbance(AttentionStrategy):
         return dense_result(query, key, value)
 
 
-def projection_weights(layer: Any, heads: int) -> torch.Tensor:
-    """``W^T W`` of every head's slice W of a layer's output projection, ``[H, D, D]`` fp32."""
-    slices = layer.to_out[0].weight.detach().float().unflatten(1, (heads, -1)).transpose(0, 1)
+def projection_weights(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """``W^T W`` of every head's slice W of an output projection ``[C, H * D]``: ``[H, D, D]`` fp32."""
+    slices = weight.detach().float().unflatten(1, (heads, -1)).transpose(0, 1)
     return slices.transpose(1, 2) @ slices
 
 

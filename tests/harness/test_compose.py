@@ -58,15 +58,12 @@ def test_ranges_cover_the_schedule():
 def test_residual_error_is_that_of_the_projected_head():
     generator = torch.Generator().manual_seed(0)
     output, exact = torch.randn(2, 2, 3, 5, 4, generator=generator)
-
-    class Layer:
-        to_out = [torch.nn.Linear(12, 7)]
-
-    weight = projection_weights(Layer, 3)
+    projection = torch.randn(7, 12, generator=generator)
+    weight = projection_weights(projection, 3)
     for head in range(3):
         alone = torch.zeros(2, 3, 5, 4)
         alone[:, head] = (output - exact)[:, head]
-        projected = alone.transpose(1, 2).flatten(2) @ Layer.to_out[0].weight.T
+        projected = alone.transpose(1, 2).flatten(2) @ projection.T
         assert torch.allclose(
             residual_error(output, exact, weight)[head], projected.square().sum(), rtol=1e-5
         )
