@@ -13,7 +13,7 @@ CLIP_LENGTH = 77
 
 
 def build_tiny_hunyuan_video_pipeline() -> Any:
-    """A `HunyuanVideoPipeline`: 2 blocks of two streams, 1 of one, 2 heads of 64, under two million parameters.
+    """A `HunyuanVideoPipeline`: 2 blocks of two streams, 1 of one, 2 heads of 64, 1.6 million parameters.
 
     Its videos are noise; the scheduler's shift is the real model's. Prompts are wrapped in the pipeline's
     own template, which is 95 tokens before the prompt as with the real tokenizer.
