@@ -4,6 +4,7 @@ from core.adapter import AttendFunction, DenoiserCall, ModelAdapter
 from core.apply import AppliedStrategy, apply_strategy
 from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
+from core.denoiser_record import DenoiserRecord, InstalledDenoiser
 from core.dense import attention
 from core.errors import (
     InstallError,
@@ -34,8 +35,10 @@ __all__ = [
     "BlockSparseMask",
     "Capabilities",
     "DenoiserCall",
+    "DenoiserRecord",
     "ExecutionReport",
     "InstallError",
+    "InstalledDenoiser",
     "LayoutError",
     "LevelMask",
     "Metric",

@@ -48,6 +48,13 @@ class ModelAdapter(ABC):
     def attention_layers(self, denoiser: nn.Module) -> list[Any]:
         """Attention modules that a strategy replaces, in layer order; each has ``processor``."""
 
+    def output_weights(self, denoiser: nn.Module) -> list[torch.Tensor]:
+        """What every layer makes of its heads' outputs for the video, ``[C, H * D]`` each, in layer order.
+
+        The default is the weight of the layer's own ``to_out``.
+        """
+        return [layer.to_out[0].weight for layer in self.attention_layers(denoiser)]
+
     @abstractmethod
     def make_processor(self, original: Any, attend: AttendFunction) -> Any:
         """A processor that computes as ``original`` does, with ``attend`` in place of its attention.

@@ -34,6 +34,7 @@ class AppliedStrategy:
             DenoiserSession(denoiser, find_adapter(denoiser), strategy, self._begin_call)
             for denoiser in denoisers
         ]
+        strategy.check_model([session.facts() for session in self._sessions])
         with ExitStack() as undo:  # an error in the second denoiser leaves none installed
             for session in self._sessions:
                 session.install()

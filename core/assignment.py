@@ -48,6 +48,7 @@ class HeadAssignment(ModelFile):
         num_steps (int): steps of the schedule.
         choices (table of int): places in ``candidates``.
         model (str): model that was measured.
+        denoisers (list[DenoiserRecord], Optional): what its denoisers are.
         layout (dict): fields of its `TokenLayout`.
         head_dim (int): head dimension.
         budget (float): bound on the predicted relative L2 error of the final latents.

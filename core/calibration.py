@@ -19,6 +19,7 @@ class Calibration(ModelFile):
         parameters (dict): the strategy's other parameters during calibration.
         values (dict[str, list[list[float]]]): by parameter, its values, layers x heads.
         model (str): model that was measured.
+        denoisers (list[DenoiserRecord], Optional): what its denoisers are.
         layout (dict, Optional): fields of its `TokenLayout`.
         head_dim (int, Optional): head dimension.
         errors (list[list[float]], Optional): largest relative L1 error of the attention output on the

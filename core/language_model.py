@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.errors import InstallError, UnsupportedCallError
 from core.layout import TokenLayout
 from core.record import ExecutionRecord, ExecutionReport
@@ -35,15 +36,19 @@ class LanguageModelRun:
 
     Raises:
         InstallError: the model has an attention that cannot be replaced.
+        ParameterError: the strategy's parameters are for another model.
     """
 
     def __init__(self, model: Any, strategy: AttentionStrategy) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        strategy.check_model([InstalledDenoiser.of(model, config.num_hidden_layers, heads)])
         self.strategy = strategy
         self._model = model
-        self._layers = model.config.get_text_config().num_hidden_layers
+        self._layers = config.num_hidden_layers
         self._latest_layer: int | None = None
         self._installed = True
         self._original = model.config._attn_implementation
@@ -231,7 +236,7 @@ def apply_to_language_model(
         InstallError: the strategy is not causal or in use, or this is no model of transformers whose
             attention can be replaced.
         StrategyNotFoundError: no such strategy or preset.
-        ParameterError: a parameter is unknown or out of range.
+        ParameterError: a parameter is unknown, out of range or for another model.
     """
     if not hasattr(model, "set_attn_implementation"):
         raise InstallError(f"expected a model of transformers, got {type(model).__name__}")

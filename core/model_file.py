@@ -1,15 +1,17 @@
-"""ModelFile: what was measured on one model, as a checked JSON file for models of the same shape."""
+"""ModelFile: what was measured on one model, as a checked JSON file that knows the model."""
 
 import json
 import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from core.context import AttentionContext
+from core.denoiser_record import DenoiserRecord, InstalledDenoiser
 from core.errors import LayoutError, ParameterError
 from core.layout import TokenLayout
 
@@ -17,11 +19,15 @@ from core.layout import TokenLayout
 class ModelFile(BaseModel):
     """Base of the files that commands write for a model.
 
-    A model is told from others by its layers, heads, head dimension and layout: ``model`` is for messages
-    and not compared, since one model has many names (a hub's, folders, none at all).
+    A model is told from others by its denoisers' classes and configurations, and by layers, heads, head
+    dimension and the grid of its tokens. ``model`` is for messages and not compared, since one model has many
+    names (a hub's, folders, none at all); neither is the number of text tokens, on which values per head do
+    not depend.
 
     Args:
         model (str): name of the model that was measured.
+        denoisers (list[DenoiserRecord], Optional): what its denoisers are, in the order of `find_denoisers`;
+            None where it is not known, as in files of earlier versions.
         layout (dict, Optional): fields of its `TokenLayout`; None where it is not known.
         head_dim (int, Optional): head dimension; None where it is not known.
         prompts (list[str]): prompts that were measured.
@@ -34,6 +40,7 @@ class ModelFile(BaseModel):
     command: ClassVar[str]  # what writes such files
 
     model: str
+    denoisers: list[DenoiserRecord] | None = Field(default=None, min_length=1)
     layout: dict[str, Any] | None = None
     head_dim: int | None = Field(default=None, ge=1)
     prompts: list[str] = Field(default_factory=list)
@@ -80,43 +87,87 @@ class ModelFile(BaseModel):
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
 
-    def check_size(self, num_layers: int, num_heads: int | None) -> None:
-        """Refuse a model of other layers or heads; ``num_heads`` is None where it is not known.
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Refuse another model, before it gets a strategy with this file.
+
+        Args:
+            denoisers (Sequence[InstalledDenoiser]): all of the model, in the order of `find_denoisers`.
 
         Raises:
-            ParameterError: they are not those of the file.
+            ParameterError: class or configuration of a denoiser, their number, layers or heads are not those
+                of the file, as far as it knows them. A fine-tune with the same configuration passes.
         """
+        for one in denoisers:
+            self._check_size(one)
+        if self.denoisers is not None:
+            self._check_records(self.denoisers, denoisers)
+
+    def _check_records(self, own: Sequence[DenoiserRecord], denoisers: Sequence[InstalledDenoiser]) -> None:
+        if len(own) != len(denoisers):
+            self._refuse(
+                f"whose denoisers are {_counted(own)}",
+                f"{_named(denoisers[0])} has {_counted([one.record for one in denoisers])}",
+            )
+        for record, one in zip(own, denoisers, strict=True):
+            names = record.differing(one.record)
+            if names or record.kind != one.record.kind:
+                self._refuse(
+                    f"a {record.describe(names)}", f"{_named(one)} is a {one.record.describe(names)}"
+                )
+
+    def _check_size(self, one: InstalledDenoiser) -> None:
         layers, heads = self.size
-        if (num_layers, heads if num_heads is None else num_heads) != (layers, heads):
-            given = f"{num_layers} layers" + ("" if num_heads is None else f" of {num_heads} heads")
-            kind = _bare(self.noun)
-            raise ParameterError(
-                f"the {kind} is of {self.model}, {layers} layers of {heads} heads; this model has {given}; "
-                f"run python -m {self.command} for it, or leave {kind} out"
+        if (one.num_layers, heads if one.num_heads is None else one.num_heads) != (layers, heads):
+            of_heads = "" if one.num_heads is None else f" of {one.num_heads} heads"
+            self._refuse(
+                f"{layers} layers of {heads} heads", f"{_named(one)} has {one.num_layers} layers{of_heads}"
             )
 
+    def _refuse(self, own: str, other: str) -> NoReturn:
+        kind = _bare(self.noun)
+        raise ParameterError(
+            f"the {kind} is of {self.model}, {own}; {other}; run python -m {self.command} for it, or leave "
+            f"{kind} out"
+        )
+
     def check_call(self, query: torch.Tensor, context: AttentionContext) -> None:
-        """Refuse a call of another shape.
+        """Refuse a call of another shape; the number of text tokens may be another.
 
         Args:
             query (Tensor): ``[B, H, N, D]``.
             context (AttentionContext): the call.
 
         Raises:
-            ParameterError: layers or heads, or layout or head dimension where they are known, are not those
-                of the file.
+            ParameterError: layers or heads, or grid, place of the text or head dimension where they are
+                known, are not those of the file.
         """
-        own_layout = context.layout if self.layout is None else TokenLayout(**self.layout)
+        layout = context.layout if self.layout is None else TokenLayout(**self.layout)
         head_dim = self.head_dim or query.shape[3]
-        asked = (context.layout, context.num_layers, query.shape[1], query.shape[3])
-        if asked != (own_layout, *self.size, head_dim):
+        own = (_grid(layout), *self.size, head_dim)
+        asked = (_grid(context.layout), context.num_layers, query.shape[1], query.shape[3])
+        if asked != own:
             kind = _bare(self.noun)
             raise ParameterError(
-                f"the {kind} is of {self.model}: {own_layout.describe()}, {self.size[0]} layers of "
-                f"{self.size[1]} heads of {head_dim}; this call has {context.layout.describe()}, "
-                f"{context.num_layers} layers of {query.shape[1]} heads of {query.shape[3]}; run "
-                f"python -m {self.command} for this model and size, or leave {kind} out"
+                f"the {kind} is of {self.model}: {_shape(*own)}; this call has {_shape(*asked)}; run python "
+                f"-m {self.command} for this model and size, or leave {kind} out"
             )
+
+
+def _grid(layout: TokenLayout) -> str:
+    place = "first" if layout.text_first else "last"
+    return f"{layout.frames}x{layout.height}x{layout.width} video tokens, text {place}"
+
+
+def _shape(grid: str, layers: int, heads: int, head_dim: int) -> str:
+    return f"{grid}, {layers} layers of {heads} heads of {head_dim}"
+
+
+def _named(denoiser: InstalledDenoiser) -> str:
+    return f"this model ({denoiser.source})" if denoiser.source else "this model"
+
+
+def _counted(records: Sequence[DenoiserRecord]) -> str:
+    return f"{len(records)} ({', '.join(record.kind for record in records)})"
 
 
 def _bare(noun: str) -> str:

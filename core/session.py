@@ -11,6 +11,7 @@ from torch import nn
 from core.adapter import DenoiserCall, ModelAdapter
 from core.compile import attend_compiled, register_session
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.errors import InstallError
 from core.strategy import AttentionStrategy
 
@@ -64,16 +65,22 @@ class DenoiserSession:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    def facts(self) -> InstalledDenoiser:
+        """What the strategy is to be checked against.
+
+        Raises:
+            InstallError: the denoiser has no attention layer or a strategy already.
+        """
+        self._refuse_second_strategy()
+        heads = getattr(self._layers[0], "heads", None)
+        return InstalledDenoiser.of(self._denoiser, self.num_layers, heads)
+
     def install(self) -> None:
         """Put the strategy in; on an error the denoiser is as it was.
 
         Raises:
-            InstallError: the denoiser has no attention layer or a strategy already, or a processor is not its
-                family's own.
-            ParameterError: the strategy's parameters are for another model.
+            InstallError: a processor is not the family's own.
         """
-        self._refuse_second_strategy()
-        self._strategy.check_model(self.num_layers, getattr(self._layers[0], "heads", None))
         self._set_processors()
         # Kept out of graphs where the whole denoiser is compiled: they read values off the device.
         before, after = torch.compiler.disable(self._before_call), torch.compiler.disable(self._after_call)

@@ -4,7 +4,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +13,7 @@ import torch
 
 from core.argument_checks import check_alike, check_tensors_given, shapes_of
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.dense import attention, resolve_dense_backend
 from core.errors import LayoutError, NonFiniteOutputError, UnsupportedCallError
 from core.layout import TokenLayout
@@ -130,12 +131,16 @@ class AttentionStrategy(ABC):
         """
         return None
 
-    def check_model(self, num_layers: int, num_heads: int | None) -> None:
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
         """Refuse a model that these parameters are not for; called before a model gets the strategy.
 
+        A strategy that calls others asks them too.
+
         Args:
-            num_layers (int): attention layers of the model.
-            num_heads (int, Optional): query heads of a layer; None where the model does not tell.
+            denoisers (Sequence[InstalledDenoiser]): all denoisers of the model, that of high noise first.
+
+        Raises:
+            ParameterError: the parameters are for another model.
         """
 
     def reset(self) -> None:

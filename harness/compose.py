@@ -214,6 +214,7 @@ def _assign(
         num_steps=model.settings.steps,
         choices=torch.searchsorted(used, choices).tolist(),
         model=model.name,
+        denoisers=model.records,
         layout=measured.facts["layout"],
         head_dim=measured.facts["head_dim"],
         budget=budget,

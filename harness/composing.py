@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from core import AttentionContext, AttentionStrategy
+from core import AttentionContext, AttentionStrategy, InstalledDenoiser
 from core.record import CudaSpan, Stopwatch
 from core.strategy import AttentionResult, dense_result
 from harness.errors import BenchError
@@ -67,6 +67,11 @@ class CandidateProbe(AttentionStrategy):
         self._weights = weights
         self._tried: list[tuple[int, int, int, AttentionResult, CudaSpan | float]] = []
         self.facts: dict[str, Any] = {}
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidates refuse the model."""
+        for candidate in self._candidates:
+            candidate.check_model(denoisers)
 
     def reset(self) -> None:
         """Forget what the candidates keep."""
@@ -118,6 +123,10 @@ class Disturbance(AttentionStrategy):
         self._candidate = candidate
         self._steps = steps
 
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidate refuse the model."""
+        self._candidate.check_model(denoisers)
+
     def reset(self) -> None:
         """Forget what the candidate keeps."""
         self._candidate.reset()
@@ -130,9 +139,9 @@ class Disturbance(AttentionStrategy):
         return dense_result(query, key, value)
 
 
-def projection_weights(layer: Any, heads: int) -> torch.Tensor:
-    """``W^T W`` of every head's slice W of a layer's output projection, ``[H, D, D]`` fp32."""
-    slices = layer.to_out[0].weight.detach().float().unflatten(1, (heads, -1)).transpose(0, 1)
+def projection_weights(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """``W^T W`` of every head's slice W of an output projection ``[C, H * D]``: ``[H, D, D]`` fp32."""
+    slices = weight.detach().float().unflatten(1, (heads, -1)).transpose(0, 1)
     return slices.transpose(1, 2) @ slices
 
 

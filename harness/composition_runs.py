@@ -97,7 +97,9 @@ class CompositionRuns:
         self._candidates = candidates
         self._starts = starts
         self._journal = journal
-        self._layers = find_adapter(model.denoiser).attention_layers(model.denoiser)
+        adapter = find_adapter(model.denoiser)
+        self._layers = adapter.attention_layers(model.denoiser)
+        self._weights = adapter.output_weights(model.denoiser)
         self._reference: tuple[str, RecordedDenoiser, torch.Tensor] | None = None
 
     def facts(self, prompt: str) -> dict[str, Any]:
@@ -121,7 +123,10 @@ class CompositionRuns:
         if not candidates:
             return
         began = time.perf_counter()
-        weights = [projection_weights(layer, layer.heads) for layer in self._layers]
+        weights = [
+            projection_weights(weight, layer.heads)
+            for weight, layer in zip(self._weights, self._layers, strict=True)
+        ]
         probe = CandidateProbe([made(one) for one in candidates], weights)
         denoise(self._model, probe, prompt, SEED)
         facts = probe.facts | {"layout": asdict(probe.facts["layout"])}

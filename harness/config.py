@@ -155,10 +155,10 @@ def _add_job_options(parser: ArgumentParser) -> None:
 def _add_video_options(parser: ArgumentParser) -> None:
     video = parser.add_argument_group("the video (default: what the model was made for)")
     video.add_argument("--steps", type=int, help="denoising steps")
-    video.add_argument("--height", type=int, help="pixels, a multiple of 16")
-    video.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    video.add_argument("--num-frames", type=int, help="4k + 1")
-    video.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 means none")
+    video.add_argument("--height", type=int, help="pixels, a multiple of 16 (LTX-Video: 32)")
+    video.add_argument("--width", type=int, help="likewise")
+    video.add_argument("--num-frames", type=int, help="4k + 1 (LTX-Video: 8k + 1)")
+    video.add_argument("--guidance-scale", type=float, help="guidance by the prompt; 1 means none")
     video.add_argument("--fps", type=int, help="frames per second of the files")
 
 

@@ -23,6 +23,7 @@ from harness.command import make_parser, parse_options, run_command
 from harness.errors import BenchError, ResultsError
 from harness.page import describe_page
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
+from harness.small_models import TINY
 from harness.tables import provenance_line, summarise, to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,13 +191,13 @@ def _install(staging: Path, output_dir: Path) -> None:
 def find_run(runs_dir: Path, gallery_dir: Path) -> Path:
     """The run that was written to last, or the committed gallery if there is none.
 
-    Runs of the random-weight test model do not count.
+    Runs of the random-weight test models do not count.
 
     Raises:
         BenchError: neither holds results.
     """
     found = [path for path in runs_dir.glob(f"*/{RESULTS_NAME}") if (path.parent / RUN_NAME).is_file()]
-    runs = [path for path in found if read_run(path.parent).get("model") != "tiny-random"]
+    runs = [path for path in found if read_run(path.parent).get("model") not in TINY]
     if runs:
         return max(runs, key=lambda path: path.stat().st_mtime_ns).parent
     if (gallery_dir / RESULTS_NAME).is_file():

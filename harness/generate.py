@@ -20,7 +20,7 @@ class Denoised:
 
     Args:
         latents (Tensor): as the pipeline returns them, ``[1, F, C, H, W]`` of CogVideoX, ``[1, C, F, H, W]``
-            of Wan.
+            of HunyuanVideo and Wan, ``[1, F * H * W, C]`` of LTX-Video.
         denoise_time_s (float): see `DenoiseClock`.
         tokens (int): sequence length.
         report (ExecutionReport): what the strategy executed, with its attention time.

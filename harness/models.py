@@ -11,27 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from core import DenoiserRecord
 from core.apply import find_denoisers
 from harness.errors import BenchError
 from harness.model_families import (
     COGVIDEOX,
     FAMILIES,
-    WAN,
     CallSettings,
     ModelFamily,
     family_of_class,
     family_of_name,
 )
-from harness.tiny_model import build_random_2b_pipeline, build_tiny_pipeline, build_tiny_wan_pipeline
+from harness.small_models import TINY
+from harness.tiny_model import build_random_2b_pipeline
 
 DEMO = "demo"
-TINY = "tiny-random"
-TINY_WAN = "tiny-random-wan"
 RANDOM_2B = "cogvideox-2b-random"
-BUILT_IN = {DEMO: COGVIDEOX, TINY: COGVIDEOX, TINY_WAN: WAN, RANDOM_2B: COGVIDEOX}
-SMALL = (DEMO, TINY, TINY_WAN)
+BUILT_IN = {DEMO: COGVIDEOX, **{name: tiny.family for name, tiny in TINY.items()}, RANDOM_2B: COGVIDEOX}
+SMALL = (DEMO, *TINY)
 """Models for short prompts, whose times on a GPU say nothing about large ones."""
-MODEL_CHOICE = f"{', '.join(BUILT_IN)}, a folder or a hub id (CogVideoX and Wan)"
+MODEL_CHOICE = f"{', '.join(BUILT_IN)}, a folder or a hub id (CogVideoX, HunyuanVideo, LTX-Video, Wan)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_REASON = 300
 SIZE_MULTIPLE = 16  # pixels: the least that a family needs, 8 of the autoencoder times 2 of the patches
@@ -54,6 +53,11 @@ class LoadedModel:
         return _family_or_refuse(self.name, type(self.pipeline).__name__)
 
     @property
+    def records(self) -> list[DenoiserRecord]:
+        """What the denoisers are, for files that are made for them."""
+        return [DenoiserRecord.of(denoiser) for denoiser in find_denoisers(self.pipeline)]
+
+    @property
     def denoiser(self) -> Any:
         """The denoiser, where there can be only one.
 
@@ -67,9 +71,6 @@ class LoadedModel:
                 "works on the weights of one; take a model with one"
             )
         return denoisers[0]
-
-
-TINY_SETTINGS = CallSettings(height=128, width=128, num_frames=9, steps=4, guidance_scale=6.0, fps=8)
 
 
 def demo_settings() -> CallSettings:
@@ -132,8 +133,8 @@ def find_family(model: str) -> ModelFamily:
 def _family_or_refuse(model: str, kind: str) -> ModelFamily:
     family = family_of_class(kind)
     if family is None:
-        known = " or ".join(family.pipeline_class for family in FAMILIES)
-        raise BenchError(f"model '{model}' is a {kind}; expected a {known}, text to video")
+        known = ", ".join(family.pipeline_class for family in FAMILIES)
+        raise BenchError(f"model '{model}' is a {kind}; expected one for text to video: {known}")
     return family
 
 
@@ -250,9 +251,9 @@ def _make_pipeline(name: str, family: ModelFamily, dtype: torch.dtype, device: t
     if name == RANDOM_2B:
         return build_random_2b_pipeline(dtype, device)
     exact = dict.fromkeys(family.exact_parts, torch.float32)
-    if name not in {TINY, TINY_WAN}:
+    if name not in TINY:
         return _read_pipeline(name, exact | {"default": dtype} if exact else dtype)
-    pipeline = build_tiny_pipeline() if name == TINY else build_tiny_wan_pipeline()
+    pipeline = TINY[name].build()
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             module.to(exact.get(part, dtype))
@@ -278,4 +279,4 @@ def _read_pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> An
 def _own_settings(name: str, family: ModelFamily, pipeline: Any) -> CallSettings:
     if name == DEMO:
         return demo_settings()
-    return TINY_SETTINGS if name in {TINY, TINY_WAN} else family.own_settings(pipeline)
+    return TINY[name].settings if name in TINY else family.own_settings(pipeline)

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from core import AttentionContext, AttentionStrategy, LevelMask
+from core import AttentionContext, AttentionStrategy, InstalledDenoiser, LevelMask
 from core.block_mask import block_lengths
 from core.strategy import AttentionResult, Capabilities, dense_result
 from harness.command import make_parser, parse_options, require_at_least, run_command
@@ -103,6 +103,11 @@ class RecallProbe(AttentionStrategy):
         self._candidates = candidates
         self._steps = steps
         self.found: list[list[Recall]] = [[] for _ in candidates]
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidates refuse the model."""
+        for candidate in self._candidates:
+            candidate.check_model(denoisers)
 
     def reset(self) -> None:
         """Forget what the candidates keep."""

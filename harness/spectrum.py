@@ -173,8 +173,7 @@ def _rounded(table: torch.Tensor) -> list[list[float]]:
 
 
 def _output_weights(model: LoadedModel) -> list[torch.Tensor]:
-    layers = find_adapter(model.denoiser).attention_layers(model.denoiser)
-    return [layer.to_out[0].weight for layer in layers]
+    return find_adapter(model.denoiser).output_weights(model.denoiser)
 
 
 def main(argv: list[str] | None = None) -> int:

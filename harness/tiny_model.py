@@ -1,6 +1,7 @@
 """Pipelines with random weights: ``tiny-random`` (CogVideoX) and ``tiny-random-wan`` for trying things out,
-``cogvideox-2b-random`` for measuring at the true size without a download."""
+``cogvideox-2b-random`` for measuring at the true size without a download, and what others of them share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ def build_tiny_pipeline() -> Any:
     """
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-    tokenizer = _letter_tokenizer(TEXT_LENGTH)
+    tokenizer = letter_tokenizer(TEXT_LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts = (_text_encoder(len(tokenizer), TEXT_DIM), _vae(LATENT_CHANNELS), _transformer())
+        parts = (text_encoder(len(tokenizer), TEXT_DIM), _vae(LATENT_CHANNELS), _transformer())
     for part in parts:
         part.eval()
     return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
@@ -34,7 +35,7 @@ def build_tiny_wan_pipeline() -> Any:
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    tokenizer = _letter_tokenizer(WAN_TEXT_LENGTH)
+    tokenizer = letter_tokenizer(WAN_TEXT_LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = (_wan_text_encoder(len(tokenizer)), _wan_vae(), _wan_transformer())
@@ -68,9 +69,9 @@ def build_random_2b_pipeline(dtype: torch.dtype, device: torch.device) -> Any:
         finally:
             torch.set_default_dtype(usual)
         config = transformer.config
-        tokenizer = _letter_tokenizer(config.max_text_seq_length)
+        tokenizer = letter_tokenizer(config.max_text_seq_length)
         parts = (
-            _text_encoder(len(tokenizer), config.text_embed_dim).to(dtype),
+            text_encoder(len(tokenizer), config.text_embed_dim).to(dtype),
             _vae(config.in_channels).to(dtype),
             transformer,
         )
@@ -79,13 +80,20 @@ def build_random_2b_pipeline(dtype: torch.dtype, device: torch.device) -> Any:
     return CogVideoXPipeline(tokenizer, *parts, CogVideoXDDIMScheduler())
 
 
-def _letter_tokenizer(length: int) -> Any:
+def letter_tokenizer(length: int, whole: Sequence[str] = ()) -> Any:
+    """A tokenizer of lower-case letters, ended by ``</s>`` and padded on the right.
+
+    Args:
+        length (int): tokens of the longest text.
+        whole (Sequence[str]): pieces of text that are one token each. Default: none
+    """
     from tokenizers import Tokenizer, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "</s>", "<unk>"]
     letters = " abcdefghijklmnopqrstuvwxyz.,"
     pieces = [(token, 0.0) for token in special] + [(letter, -1.0) for letter in letters]
+    pieces += [(piece, -0.1) for piece in dict.fromkeys(whole)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -98,7 +106,8 @@ def _letter_tokenizer(length: int) -> Any:
     )
 
 
-def _text_encoder(vocabulary: int, width: int) -> Any:
+def text_encoder(vocabulary: int, width: int) -> Any:
+    """A T5 encoder of two layers with random weights."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(**_text_sizes(vocabulary, width)))

@@ -134,6 +134,7 @@ def calibrate(config: TuneConfig, command: str) -> Calibration:
         max_error=config.max_error,
         held_out={},
         model=model.name,
+        denoisers=model.records,
         layout=facts["layout"],
         head_dim=facts["head_dim"],
         prompts=prompts,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from core import AttentionContext, AttentionStrategy
+from core import AttentionContext, AttentionStrategy, InstalledDenoiser
 from core.strategy import AttentionResult, Capabilities, dense_result
 
 # Heads whose exact output is all zero have no relative error; this keeps 0 / 0 from being one.
@@ -44,6 +44,11 @@ class ProbeStrategy(AttentionStrategy):
         self._measured: list[tuple[int, int, torch.Tensor]] = []
         self._densities: list[list[float | torch.Tensor]] = [[] for _ in candidates]
         self.facts: dict[str, Any] = {}
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Let the candidates refuse the model."""
+        for candidate in self._candidates:
+            candidate.check_model(denoisers)
 
     def reset(self) -> None:
         """Forget what the candidates keep."""

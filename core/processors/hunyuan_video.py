@@ -104,6 +104,13 @@ class HunyuanVideoAdapter(ModelAdapter):
         single: Any = denoiser.single_transformer_blocks
         return [block.attn for block in (*double, *single)]
 
+    def output_weights(self, denoiser: nn.Module) -> list[torch.Tensor]:
+        double: Any = denoiser.transformer_blocks
+        single: Any = denoiser.single_transformer_blocks
+        # Blocks of one stream project the attention's output and, behind it, that of their MLP together.
+        joint = [block.proj_out.weight[:, : block.attn.inner_dim] for block in single]
+        return [block.attn.to_out[0].weight for block in double] + joint
+
     def make_processor(self, original: Any, attend: AttendFunction) -> HunyuanVideoProcessor:
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 

@@ -1,6 +1,6 @@
 """Composition: the heads of a call by the candidates that an assignment gave them to."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 
 from core.assignment import HeadAssignment, require_heads_alike
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.errors import ParameterError, UnsupportedCallError
 from core.registry import create_strategy
 from core.strategy import AttentionResult, AttentionStrategy
@@ -62,6 +63,16 @@ class Composition:
         """Forget the per-layer state of all candidates."""
         for strategy in self.strategies:
             strategy.reset()
+
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Refuse another model, and one that a candidate is not for.
+
+        Raises:
+            ParameterError: see `ModelFile.check_model`, or a candidate's own.
+        """
+        self.assignment.check_model(denoisers)
+        for strategy in self._strategies[0]:
+            strategy.check_model(denoisers)
 
     def check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
         """Refuse another model or shape, and what a candidate of this call's steps does not support.

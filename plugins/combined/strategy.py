@@ -1,6 +1,6 @@
 """CombinedStrategy: each head runs by its class, frame patterns or another strategy."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from core.assignment import require_heads_alike
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.errors import ParameterError
 from core.layout import TokenLayout
 from core.parameters import StrategyParameters
@@ -138,10 +139,12 @@ class CombinedStrategy(AttentionStrategy):
         """Anchor frames of a layout."""
         return Anchors.spread(layout.frames, self.parameters.anchors, device)
 
-    def check_model(self, num_layers: int, num_heads: int | None) -> None:
-        """Refuse the assignment of another model."""
-        if self._composition is not None:
-            self._composition.assignment.check_size(num_layers, num_heads)
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Refuse the assignment of another model, and one that a strategy of some heads is not for."""
+        if self._composition is None:
+            self._sparse.check_model(denoisers)
+        else:
+            self._composition.check_model(denoisers)
 
     def check_supported(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> None:
         """Refuse what any part cannot do."""

@@ -1,6 +1,6 @@
 """SpargeStrategy: block sparsity predicted from mean tokens at every call."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from core.context import AttentionContext
+from core.denoiser_record import InstalledDenoiser
 from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
 from core.strategy import Capabilities
@@ -139,10 +140,10 @@ class SpargeStrategy(BlockSparseStrategy):
         """False with a calibration, which has values for each head."""
         return self.parameters.calibration is None
 
-    def check_model(self, num_layers: int, num_heads: int | None) -> None:
-        """Refuse a calibration of other layers or heads."""
+    def check_model(self, denoisers: Sequence[InstalledDenoiser]) -> None:
+        """Refuse the calibration of another model."""
         if self._calibration is not None:
-            self._calibration.check_size(num_layers, num_heads)
+            self._calibration.check_model(denoisers)
 
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from core import AttentionContext, ParameterError, TokenLayout
+from core import AttentionContext, DenoiserRecord, InstalledDenoiser, ParameterError, TokenLayout
 from core.assignment import Candidate, HeadAssignment
 from core.testing import random_qkv
 
@@ -62,18 +62,24 @@ def test_another_shape_is_refused(layout, layers, heads, head_dim):
     assignment = make_assignment()
     assignment.check_call(random_qkv(LAYOUT)[0], AttentionContext(LAYOUT, 0, 3))
     query = random_qkv(layout, heads=heads, head_dim=head_dim)[0]
-    with pytest.raises(ParameterError, match="is of tiny: 4 text .* 3 layers of 2 heads of 64; this"):
+    with pytest.raises(
+        ParameterError, match="is of tiny: 2x3x5 video tokens, text first, 3 layers of 2 heads of 64; this"
+    ):
         assignment.check_call(query, AttentionContext(layout, 0, layers))
 
 
+def model_of(layers, heads):
+    return [InstalledDenoiser(DenoiserRecord(kind="Denoiser", config={}), layers, heads, source=None)]
+
+
 @pytest.mark.parametrize("layers, heads", [(4, 2), (3, 4), (4, None)], ids=str)
-def test_another_model_is_refused(layers, heads):
-    make_assignment().check_size(3, 2)
-    make_assignment().check_size(3, None)
+def test_a_model_of_other_sizes_is_refused(layers, heads):
+    make_assignment().check_model(model_of(3, 2))
+    make_assignment().check_model(model_of(3, None))
     with pytest.raises(
         ParameterError, match="of tiny, 3 layers of 2 heads; this model has .* harness.compose"
     ):
-        make_assignment().check_size(layers, heads)
+        make_assignment().check_model(model_of(layers, heads))
 
 
 @pytest.mark.parametrize(

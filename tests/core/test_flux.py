@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from core import InstallError, TokenLayout, UnsupportedCallError, apply_strategy
+from core import InstallError, TokenLayout, UnsupportedCallError, apply_strategy, create_strategy
 from core.processors.flux import FluxAdapter
 
 ROWS, COLUMNS, TEXT = 12, 20, 17
@@ -106,3 +106,24 @@ def test_a_token_mask_is_refused(transformer):
         mask = torch.ones(1, 1, 1, TEXT + ROWS * COLUMNS, dtype=torch.bool)
         with pytest.raises(UnsupportedCallError, match="FLUX attention with a token mask is not supported"):
             attention.processor(attention, **streams, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_weights_of_the_outputs_are_what_the_heads_meet(transformer):
+    """In blocks of one stream the attention's outputs stand first in a projection of more."""
+    met, found = [], []
+    single = transformer.single_transformer_blocks
+    for block in single:
+        block.proj_out.register_forward_pre_hook(lambda module, args: met.append(args[0]))
+    strategy = create_strategy("dense")
+    attend = strategy.attend
+    strategy.attend = lambda *call: found.append(attend(*call)) or found[-1]
+    with apply_strategy(transformer, strategy):
+        transformer(**call())
+    *_, weight = weights = FluxAdapter().output_weights(transformer)
+    assert len(weights) == len(found) and {tuple(one.shape) for one in weights} == {(128, 128)}
+    assert torch.equal(weights[0], transformer.transformer_blocks[0].attn.to_out[0].weight)
+    assert len(met) == len(single)
+    for tokens, result in zip(met, found[-len(single) :], strict=True):
+        assert torch.equal(tokens[..., :128], result.output.transpose(1, 2).flatten(2))
+    assert torch.equal(weight, single[-1].proj_out.weight[:, :128])

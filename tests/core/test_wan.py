@@ -380,9 +380,10 @@ def test_every_denoiser_is_checked(make_wan):
     """Denoisers may differ; a strategy with parameters for one size sees both."""
 
     class ForTwoLayers(type(create_strategy("dense"))):
-        def check_model(self, num_layers, num_heads):
-            if (num_layers, num_heads) != (LAYERS, 2):
-                raise ParameterError(f"not for {num_layers} layers of {num_heads} heads")
+        def check_model(self, denoisers):
+            for one in denoisers:
+                if (one.num_layers, one.num_heads) != (LAYERS, 2):
+                    raise ParameterError(f"not for {one.num_layers} layers of {one.num_heads} heads")
 
     pipeline = make_wan(transformer_2=transformer(num_layers=3), boundary_ratio=0.8)
     with pytest.raises(ParameterError, match="not for 3 layers of 2 heads"):

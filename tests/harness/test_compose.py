@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core import AttentionContext, TokenLayout, create_strategy
+from core import AttentionContext, DenoiserRecord, TokenLayout, create_strategy
 from core.assignment import Candidate, HeadAssignment
 from core.testing import random_qkv, tiny_call, tiny_transformer
 from harness import compose, composition_runs
@@ -30,6 +30,7 @@ from harness.composing import (
 from harness.errors import BenchError
 from harness.replay import RecordedDenoiser
 from harness.run_folder import locked
+from harness.tiny_model import build_tiny_pipeline
 from harness.tuning import relative_l1
 
 TINY = ["--model", "tiny-random", "--steps", "2", "--held-out", "1", "--cost", "density"]
@@ -57,15 +58,12 @@ def test_ranges_cover_the_schedule():
 def test_residual_error_is_that_of_the_projected_head():
     generator = torch.Generator().manual_seed(0)
     output, exact = torch.randn(2, 2, 3, 5, 4, generator=generator)
-
-    class Layer:
-        to_out = [torch.nn.Linear(12, 7)]
-
-    weight = projection_weights(Layer, 3)
+    projection = torch.randn(7, 12, generator=generator)
+    weight = projection_weights(projection, 3)
     for head in range(3):
         alone = torch.zeros(2, 3, 5, 4)
         alone[:, head] = (output - exact)[:, head]
-        projected = alone.transpose(1, 2).flatten(2) @ Layer.to_out[0].weight.T
+        projected = alone.transpose(1, 2).flatten(2) @ projection.T
         assert torch.allclose(
             residual_error(output, exact, weight)[head], projected.square().sum(), rtol=1e-5
         )
@@ -181,6 +179,7 @@ def test_files_say_what_was_chosen_and_configure_the_strategy(composed):
     for assignment in assignments:
         assert (assignment.size, assignment.first_steps, assignment.num_steps) == ((2, 2), [0, 1], 2)
         assert assignment.predicted["error"] <= assignment.budget and assignment.model == "tiny-random"
+        assert assignment.denoisers == [DenoiserRecord.of(build_tiny_pipeline().transformer)]
         assert assignment.made["command"].startswith("python -m harness.compose --candidates sparge:")
         named = {index for layers in assignment.choices for heads in layers for index in heads}
         assert named == set(range(len(assignment.candidates)))
@@ -232,7 +231,7 @@ def test_the_cheapest_by_the_cost_that_was_asked_for(cost, chosen_label):
         cost=cost,
         prompts=["p"],
     )
-    model = SimpleNamespace(name="m", settings=SimpleNamespace(steps=1))
+    model = SimpleNamespace(name="m", records=None, settings=SimpleNamespace(steps=1))
     assignment = compose._assign(config, model, [0], measured, 0.5, {})
     assert [one.label for one in assignment.candidates] == [chosen_label]
     assert assignment.predicted["cost"] == {"time": 0.25, "density": 0.1}[cost]

@@ -10,6 +10,7 @@ import pytest
 from harness import gallery, readme
 from harness.errors import BenchError
 from harness.results import append_row, read_rows
+from harness.small_models import TINY
 from tests.browser.synthetic_run import LABELS, PROMPTS, make_row, write_run
 
 
@@ -240,6 +241,15 @@ class TestFindRun:
             write_run(tmp_path / "runs" / name, LABELS[:1], PROMPTS[:1])
             os.utime(tmp_path / "runs" / name / "results.jsonl", (time, time))
         assert gallery.find_run(tmp_path / "runs", tmp_path / "gallery").name == "new"
+
+    @pytest.mark.parametrize("model", TINY)
+    def test_runs_of_random_weights_do_not_count(self, model, tmp_path):
+        for name, time in (("real", 1000), ("random", 2000)):
+            write_run(tmp_path / "runs" / name, LABELS[:1], PROMPTS[:1])
+            os.utime(tmp_path / "runs" / name / "results.jsonl", (time, time))
+        path = tmp_path / "runs" / "random" / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model": model}))
+        assert gallery.find_run(tmp_path / "runs", tmp_path / "gallery").name == "real"
 
     def test_the_gallery_regenerates_itself(self, shared_run, tmp_path, monkeypatch, capsys):
         output = gallery.build(shared_run, tmp_path / "gallery").parent

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from core import AttentionContext, ParameterError, TokenLayout, create_strategy
+from core import AttentionContext, DenoiserRecord, ParameterError, TokenLayout, create_strategy
 from core.calibration import Calibration
 from core.registry import installed
 from core.testing import random_qkv
 from harness import tune
 from harness.recall import RecallProbe
+from harness.tiny_model import build_tiny_pipeline
 from harness.tuning import Measurement, ProbeStrategy, choose_values, relative_l1, sampled_steps
 
 TINY = ["--model", "tiny-random", "--steps", "2", "--steps-measured", "2"]
@@ -165,6 +166,7 @@ def test_file_tells_what_was_measured_and_configures_the_strategy(calibrated):
     )
     assert calibration.parameters["block_size"] == 64 and "topk" not in calibration.parameters
     assert calibration.size == (2, 2) and len(calibration.errors) == 2
+    assert calibration.denoisers == [DenoiserRecord.of(build_tiny_pipeline().transformer)]
     assert all(error <= 0.06 for row in calibration.errors for error in row)
     assert set(calibration.held_out) >= {"prompt", "density", "mean_error", "largest_error"}
     assert calibration.held_out["prompt"] not in calibration.prompts
@@ -200,7 +202,7 @@ def test_another_shape_is_refused(calibrated, layout, layers, heads):
     strategy = create_strategy("sparge", block_size=64, calibration=str(calibrated[0]))
     query, key, value = random_qkv(layout, heads=heads)
     with pytest.raises(
-        ParameterError, match="the calibration is of tiny-random: 16 text .* run python -m harness.tune"
+        ParameterError, match="the calibration is of tiny-random: 3x8x8 video .* run python -m harness.tune"
     ):
         strategy(query, key, value, AttentionContext(layout, 0, layers))
 

@@ -100,6 +100,7 @@ def test_a_pipeline_of_two_denoisers(two_denoisers):
     assert made.denoised.report.calls == 2 * 4 * 2 and made.denoised.tokens == TOKENS
     for denoiser in (two_denoisers.pipeline.transformer, two_denoisers.pipeline.transformer_2):
         assert not denoiser._forward_pre_hooks
+    assert [record.kind for record in two_denoisers.records] == ["WanTransformer3DModel"] * 2
     with pytest.raises(BenchError, match="model 'two' has 2 denoisers for different steps"):
         two_denoisers.denoiser  # noqa: B018
 
@@ -201,11 +202,13 @@ def test_presets_of_a_folder_are_those_of_its_class(folder, tmp_path):
 
 def test_a_pipeline_of_another_kind_is_refused_before_its_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
-    message = "is a WanImageToVideoPipeline; expected a CogVideoXPipeline or WanPipeline, text to video"
+    message = "is a WanImageToVideoPipeline; expected one for text to video: CogVideoXP.*, WanPipeline$"
     with pytest.raises(BenchError, match=message):
         load_model(str(tmp_path), {}, CPU)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(BenchError, match="is a pipeline without a class; expected a CogVideoXPipeline"):
+    with pytest.raises(
+        BenchError, match="is a pipeline without a class; expected one for text to video: Cog"
+    ):
         find_family(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(BenchError, match=f"cannot load model '{tmp_path}'"):
