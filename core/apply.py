@@ -144,8 +144,8 @@ def find_denoisers(target: Any) -> list[Any]:
         InstallError: the pipeline was loaded without any.
     """
     if not hasattr(target, "transformer"):
-        return [target]
-    held = (getattr(target, name, None) for name in DENOISERS)
+        return [_compiled_module(target)]
+    held = (_compiled_module(getattr(target, name, None)) for name in DENOISERS)
     denoisers = list(dict.fromkeys(denoiser for denoiser in held if denoiser is not None))
     if not denoisers:
         raise InstallError(
@@ -153,6 +153,11 @@ def find_denoisers(target: Any) -> list[Any]:
             "installing a strategy"
         )
     return denoisers
+
+
+def _compiled_module(denoiser: Any) -> Any:
+    """What `torch.compile` was given, where it wraps a denoiser: calls of the wrapper run its hooks too."""
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def find_adapter(denoiser: Any) -> ModelAdapter:

@@ -8,9 +8,11 @@ a table of weak references; it is the only module-level state of the project.
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from core.errors import UnsupportedCallError
 
 if TYPE_CHECKING:
     from core.session import DenoiserSession
@@ -42,6 +44,16 @@ def attend_compiled(
     number, layer_index = place.tolist()
     output = _sessions[number].attend(layer_index, query, key, value)
     return output.clone(memory_format=torch.contiguous_format)
+
+
+def _refuse_gradients(ctx: Any, gradient: torch.Tensor) -> None:
+    raise UnsupportedCallError(
+        "compiled blocks with a strategy have no gradients; train without torch.compile, or call under "
+        "torch.no_grad()"
+    )
+
+
+attend_compiled.register_autograd(_refuse_gradients)
 
 
 @attend_compiled.register_fake

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +122,19 @@ class ExecutionRecord:
     def __init__(self, timed: bool = False) -> None:
         self.timed = timed
         self._calls: list[CallRecord] = []
+        self._paused = False
 
     def clear(self) -> None:
         self._calls.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing: what runs was counted before."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def start(self, device: torch.device) -> Stopwatch | None:
         return Stopwatch(device) if self.timed else None
@@ -136,6 +147,8 @@ class ExecutionRecord:
         stopwatch: Stopwatch | None,
     ) -> None:
         """Append one call. Figures that are tensors are read by `report` only: nothing synchronises here."""
+        if self._paused:
+            return
         time_s = stopwatch.stop() if stopwatch else None
         place = (context.layer_index, context.step_index)
         self._calls.append(

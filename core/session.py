@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,15 @@ from core.strategy import AttentionStrategy
 
 logger = logging.getLogger(__name__)
 
+OUTSIDE_BACKWARD = -1  # what torch calls the graph task where no backward pass runs
+
+
+class CallFacts(NamedTuple):
+    """Context of a denoiser call, and padded tokens behind those of its layout."""
+
+    context: AttentionContext
+    padding: int
+
 
 class LayerAttention:
     """The attention of one layer: what an installed processor calls."""
@@ -30,6 +41,12 @@ class LayerAttention:
         if torch.compiler.is_compiling():
             return attend_compiled(query, key, value, self._place)
         return self._session.attend(self._layer_index, query, key, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InstallError(
+            "a model with a strategy cannot be copied or pickled; call remove() on its handle first, or copy "
+            "its state_dict()"
+        )
 
 
 class DenoiserSession:
@@ -55,8 +72,8 @@ class DenoiserSession:
         self._adapter = adapter
         self._strategy = strategy
         self._begin_call = begin_call
-        self._context: AttentionContext | None = None
-        self._padding = 0
+        self._call: CallFacts | None = None
+        self._inside = False
         self._layers = adapter.attention_layers(denoiser)
         self._attends = [LayerAttention(self, index) for index in range(self.num_layers)]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -92,18 +109,23 @@ class DenoiserSession:
     def attend(
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Run the strategy for one layer of the current denoiser call; padded tokens get zeros."""
-        if self._context is None:
+        """Run the strategy for one layer of the current denoiser call; padded tokens get zeros.
+
+        In a backward pass, where activations are computed again, the call is that of the forward pass.
+        """
+        again = torch._C._current_graph_task_id() != OUTSIDE_BACKWARD
+        if self._call is None or not (self._inside or again):
             raise InstallError(
                 "attention was called outside the denoiser's own forward, so layout and step are unknown; "
                 "call the transformer itself, not one of its blocks"
             )
-        context = self._context.at_layer(layer_index)
-        if not self._padding:
-            return self._strategy(query, key, value, context)
-        valid = query.shape[2] - self._padding
-        output = self._strategy(query[:, :, :valid], key[:, :, :valid], value[:, :, :valid], context)
-        return F.pad(output, (0, 0, 0, self._padding))
+        context, padding = self._call.context.at_layer(layer_index), self._call.padding
+        valid = query.shape[2] - padding
+        if padding:
+            query, key, value = (part[:, :, :valid] for part in (query, key, value))
+        with self._strategy.record.paused() if again else nullcontext():
+            output = self._strategy(query, key, value, context)
+        return F.pad(output, (0, 0, 0, padding)) if padding else output
 
     def remove(self) -> None:
         """Restore the model's own processors."""
@@ -113,7 +135,8 @@ class DenoiserSession:
             if self._is_ours(layer.processor):
                 layer.set_processor(layer.processor.original)
         self._forget_saved_processors()
-        self._context = None
+        self._hooks = []
+        self._call = None
 
     def _refuse_second_strategy(self) -> None:
         if not self._layers:
@@ -152,8 +175,22 @@ class DenoiserSession:
             logger.info("processors were replaced since installation (fused projections?); installing again")
             self._set_processors()
         call = self._adapter.read_call(denoiser, args, kwargs)
-        self._padding = call.padding
-        self._context = self._begin_call(self, call)
+        self._call = CallFacts(self._begin_call(self, call), call.padding)
+        self._inside = True
 
     def _after_call(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        self._inside = False
         self._strategy.verify_outputs()
+        video = output if isinstance(output, torch.Tensor) else output[0]
+        if video.requires_grad:
+            video.register_hook(partial(self._begin_backward, self._call))
+
+    def _begin_backward(self, call: "CallFacts | None", gradient: torch.Tensor) -> None:
+        """Of several forward calls behind one loss, go back to this one: its activations come next."""
+        if self._hooks:
+            self._call = call
+        elif getattr(self._denoiser, "gradient_checkpointing", False):
+            raise InstallError(
+                "the strategy was removed before the backward pass, which computes activations again; run "
+                "backward() before remove(), or inside the with-block"
+            )
