@@ -34,8 +34,8 @@ def select_top_k(
     Args:
         importance (Tensor): ``[B or 1, H or 1, Mq, Mk]``, not negative.
         keep (int | float | Tensor): blocks per row. An int is their number, >= 1; a float in (0, 1] a share
-            of Mk, rounded down but at least 1. A tensor ``[H]`` on the device of ``importance`` holds one of
-            either kind per head, and is trusted.
+            of Mk, rounded down but at least 1. A tensor ``[H or 1]`` on the device of ``importance`` holds
+            one of either kind per head, ``[H or 1, Mq]`` one per head and row; it is trusted.
         block_size (tuple[int, int]): tokens of a (query block, key block).
         query_length (int): query tokens.
         key_length (int): key tokens.
@@ -169,11 +169,11 @@ def top_k_blocks(
 
     Args:
         importance (Tensor): ``[B, H, Mq, Mk]``.
-        counts (int | Tensor): blocks to choose, or ``[H or 1]`` int32, their number per head.
+        counts (int | Tensor): blocks to choose, or ``[H or 1, Mq or 1]`` int32, one per head and row.
         forced (Tensor, Optional): ``[B, H, Mq, Mk]`` bool.
     """
     _, order = _ranked(importance, forced)
-    return _first(order, counts if isinstance(counts, int) else counts[:, None, None], forced)
+    return _first(order, counts if isinstance(counts, int) else counts[..., None], forced)
 
 
 def mass_blocks(
@@ -260,11 +260,13 @@ def _block_number(name: str, number: int | float, blocks: int) -> int:
 def _block_counts(
     name: str, number: int | float | torch.Tensor, importance: torch.Tensor
 ) -> int | torch.Tensor:
-    """Blocks to choose: a number, or ``[H or 1]`` int32 on the device, their number per head."""
+    """Blocks to choose: a number, or ``[H or 1, Mq or 1]`` int32 on the device, one per head and row."""
     blocks = importance.shape[3]
     if not isinstance(number, torch.Tensor):
         return _block_number(name, number, blocks)
-    _check_per_head(name, number, importance)
+    _check_per_head(name, number, importance, rows=True)
+    if number.dim() == 1:
+        number = number[:, None]
     if number.is_floating_point():
         number = number.to(torch.float64) * blocks + ROUNDING
     return number.clamp(1, blocks).to(torch.int32)
@@ -280,13 +282,15 @@ def _shares(mass: float | torch.Tensor, importance: torch.Tensor) -> torch.Tenso
     return torch.full((1,), float(mass), dtype=torch.float64, device=importance.device)
 
 
-def _check_per_head(name: str, numbers: torch.Tensor, importance: torch.Tensor) -> None:
-    if (
-        numbers.dim() != 1
-        or len(numbers) not in (1, importance.shape[1])
-        or numbers.device != importance.device
-    ):
+def _check_per_head(
+    name: str, numbers: torch.Tensor, importance: torch.Tensor, *, rows: bool = False
+) -> None:
+    heads, lines = importance.shape[1:3]
+    shape = tuple(numbers.shape)
+    allowed = [(heads,), (1,)] + [(heads, lines), (1, lines)] * rows
+    if shape not in allowed or numbers.device != importance.device:
+        per_row = f" or [{heads}, {lines}]" if rows else ""
         raise LayoutError(
-            f"{name} must be a number or [{importance.shape[1]}] on {importance.device}, got "
-            f"{tuple(numbers.shape)} on {numbers.device}"
+            f"{name} must be a number or [{heads}]{per_row} on {importance.device}, got {shape} on "
+            f"{numbers.device}"
         )

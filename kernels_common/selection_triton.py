@@ -97,7 +97,7 @@ def first_ranks(bits, pattern, count):
 # Sizes and strides change with the sequence length; specialising on them would recompile.
 @triton.jit(
     do_not_specialize=[
-        "number", "stride_number", "stride_fb", "stride_fh", "stride_fr", "stride_fc",
+        "number", "stride_nh", "stride_nr", "stride_fb", "stride_fh", "stride_fr", "stride_fc",
         "heads", "query_blocks", "key_blocks",
     ]
 )  # fmt: skip
@@ -107,7 +107,8 @@ def top_k_kernel(
     forced_ptr,
     counts_ptr,
     indices_ptr,
-    stride_number,
+    stride_nh,
+    stride_nr,
     stride_fb,
     stride_fh,
     stride_fr,
@@ -117,9 +118,9 @@ def top_k_kernel(
     key_blocks,
     K: tl.constexpr,
     HAS_FORCED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    SEVERAL: tl.constexpr,
 ):
-    """List of one row: grid ``(B * H * Mq,)``. ``number`` is one for all heads, or points to one per head."""
+    """List of one row: grid ``(B * H * Mq,)``. ``number`` is one for all, or points to several."""
     row = tl.program_id(0)
     columns = tl.arange(0, K)
     inside = columns < key_blocks
@@ -130,8 +131,9 @@ def top_k_kernel(
         )
     bits = candidate_bits(row, importance_ptr, key_blocks, columns, inside & (forced == 0))
     wanted = tl.sum((bits >= 0).to(tl.int32), 0)
-    if PER_HEAD:
-        wanted = tl.minimum(wanted, tl.load(number + row // query_blocks % heads * stride_number))
+    if SEVERAL:
+        own = row // query_blocks % heads * stride_nh + row % query_blocks * stride_nr
+        wanted = tl.minimum(wanted, tl.load(number + own))
     else:
         wanted = tl.minimum(wanted, number)
     kept = first_ranks(bits, nth_largest(bits, wanted), wanted) | forced
@@ -240,14 +242,14 @@ def select_top_k_triton(
         UnsupportedCallError: more than 16384 key blocks.
     """
     lists, launch = _lists(importance)
-    number, stride = counts, 0
+    strides = [0, 0]
     if isinstance(counts, torch.Tensor):
-        number, stride = counts.contiguous(), int(len(counts) > 1)
+        strides = [step * (size > 1) for step, size in zip(counts.stride(), counts.shape, strict=True)]
     with torch.cuda.device_of(importance):
         top_k_kernel[(lists[0].numel(),)](
-            importance.contiguous(), number, _bytes(forced), *lists, stride, *_strides(forced),
+            importance.contiguous(), counts, _bytes(forced), *lists, *strides, *_strides(forced),
             *importance.shape[1:], HAS_FORCED=forced is not None,
-            PER_HEAD=isinstance(counts, torch.Tensor), **launch,
+            SEVERAL=isinstance(counts, torch.Tensor), **launch,
         )  # fmt: skip
     return lists
 

@@ -1,20 +1,15 @@
 """Which blocks a call keeps: mean tokens of blocks, their softmax, and a choice per row."""
 
-import logging
-
 import torch
 
 from core.block_mask import BlockSparseMask, block_count
 from core.errors import UnsupportedCallError
 from core.layout import TokenLayout
-from core.notices import warn_once
 from kernels_common.block_statistics import block_means, token_mean
 from kernels_common.mask_density import mask_density
 from kernels_common.score_projection import Projection, reduce_tokens
 from kernels_common.selection import lists_from_blocks, select_mass, select_top_k
 from kernels_common.tensor_checks import resolve_scale
-
-logger = logging.getLogger(__name__)
 
 
 def predict_mask(
@@ -45,7 +40,8 @@ def predict_mask(
         key (Tensor): ``[B, Hkv, Nk, D]``; Hq is a multiple of Hkv.
         block_size (tuple[int, int]): tokens of a (query block, key block).
         top_k (int | float | Tensor, Optional): key blocks per row, or their share, or one of either per
-            head; see :func:`kernels_common.select_top_k`. Either this or ``cdf`` is given.
+            head, or per head and row; see :func:`kernels_common.select_top_k`. Either this or ``cdf`` is
+            given.
         cdf (float | Tensor, Optional): share of the estimated attention that the kept blocks hold at most,
             one number or one per head; see :func:`kernels_common.select_mass`.
         similarity_threshold (float | Tensor, Optional): self-similarity from 0 to 1, one number or one per
@@ -169,29 +165,3 @@ def forced_blocks(layout: TokenLayout, block_size: tuple[int, int], *, sink: boo
     if sink:
         forced[:, 0] = True
     return forced
-
-
-def blocks_for_density(density: float, forced: torch.Tensor) -> int:
-    """Key blocks to choose per row so that these and the forced ones make up a share of all blocks.
-
-    Args:
-        density (float): wanted share of the blocks, in (0, 1].
-        forced (Tensor): ``[Mq, Mk]`` bool.
-
-    Returns:
-        int: at least 1; a warning is logged where that is too much already.
-    """
-    free = (~forced).sum(-1)
-    wanted = density * forced.numel() - int(forced.sum())
-    # Rows with fewer free blocks than the number are full: the sum over rows of min(number, free) is wanted.
-    number = 1
-    while number < int(free.max()) and int(free.clamp(max=number + 1).sum()) <= wanted:
-        number += 1
-    executed = int(free.clamp(max=number).sum()) + int(forced.sum())
-    if number == 1 and executed > density * forced.numel():
-        warn_once(
-            logger,
-            f"sparge: density {density:g} is out of reach: forced blocks and one more per row make "
-            f"{executed / forced.numel():.3f}; smaller blocks come closer",
-        )
-    return number

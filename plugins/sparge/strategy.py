@@ -15,9 +15,10 @@ from core.strategy import Capabilities
 from kernels_common.gilbert import gilbert_order
 from kernels_common.score_projection import PROJECTION_READS, Projection
 from kernels_common.strategy import BlockSparseParameters, BlockSparseStrategy, SparsePattern
+from plugins.sparge.budget import density_budget
 from plugins.sparge.loading import load_calibration
 from plugins.sparge.precision import resolve_quantization
-from plugins.sparge.prediction import blocks_for_density, executed_density, forced_blocks, predict_mask
+from plugins.sparge.prediction import executed_density, forced_blocks, predict_mask
 
 RULES = ("density", "topk", "cdf", "calibration")
 
@@ -26,8 +27,8 @@ class SpargeParameters(BlockSparseParameters):
     """Parameters of `SpargeStrategy`; at most one of ``density``, ``topk``, ``cdf`` and ``calibration``.
 
     Args:
-        density (float): executed share of all blocks, text and sink counted, in (0, 1]; not for causal
-            calls. Default: none
+        density (float): executed share of all (query, key) pairs, text and sink counted, in (0, 1]; what
+            ``similarity_threshold`` keeps comes on top. Not for causal calls. Default: none
         topk (float): share of the key blocks that every row keeps beside the forced ones, in (0, 1].
             Default: 0.5 if no other rule is given
         cdf (float): share of the estimated attention that the kept blocks hold at most, in (0, 1].
@@ -56,7 +57,7 @@ class SpargeParameters(BlockSparseParameters):
 
     read_by: ClassVar[Mapping[str, Mapping[str, Collection[str]]]] = {"projection": PROJECTION_READS}
 
-    density: float | None = Field(None, gt=0, le=1, description="executed share of all blocks")
+    density: float | None = Field(None, gt=0, le=1, description="executed share of all pairs")
     topk: float | None = Field(None, gt=0, le=1, description="share of the key blocks that every row keeps")
     cdf: float | None = Field(None, gt=0, le=1, description="share of the estimated attention to keep")
     calibration: str | None = Field(None, description="file or name of a calibration per layer and head")
@@ -96,22 +97,26 @@ class SpargePlan(NamedTuple):
     Args:
         forced (Tensor): blocks kept in any case, ``[Mq, Mk]`` bool.
         order (Tensor, Optional): ``[S]`` int32 token order.
-        keep (int | float, Optional): blocks of a row to choose, or their share; None for other rules.
+        keep (float | Tensor, Optional): share of the blocks that a row chooses, or their number per row,
+            ``[1, Mq]`` int32; None for other rules.
         skip (Tensor, Optional): ``[H]`` fp32, the same threshold for every head.
         tables (dict[str, Tensor]): calibrated parameters, ``[layers, H]`` fp32 each.
     """
 
     forced: torch.Tensor
     order: torch.Tensor | None
-    keep: int | float | None
+    keep: float | torch.Tensor | None
     skip: torch.Tensor | None
     tables: dict[str, torch.Tensor]
 
 
 class HeadNumbers(NamedTuple):
-    """What decides about blocks and tiles of one call, one number for all heads or ``[H]``; None is off."""
+    """What decides about blocks and tiles of one call; None is off.
 
-    top_k: int | float | torch.Tensor | None
+    One number for all heads or ``[H]``; ``top_k`` may also be ``[1, Mq]``, one for each row.
+    """
+
+    top_k: float | torch.Tensor | None
     cdf: float | torch.Tensor | None
     similarity: float | torch.Tensor | None
     skip: torch.Tensor | None
@@ -151,11 +156,15 @@ class SpargeStrategy(BlockSparseStrategy):
         """Forced blocks, token order, and numbers of blocks and heads of a layout."""
         options = self.parameters
         forced = forced_blocks(layout, self._block_size, sink=options.attention_sink)
+        keep = options.topk
+        if options.density is not None:
+            forced, numbers, _ = density_budget(layout, options.density, forced, self._block_size)
+            keep = numbers.to(device)
         threshold = options.skip_threshold
         return SpargePlan(
             forced=forced.to(device),
             order=gilbert_order(layout).to(device, torch.int32) if options.order == "gilbert" else None,
-            keep=options.topk if options.density is None else blocks_for_density(options.density, forced),
+            keep=keep,
             skip=None if threshold is None else torch.full((num_heads,), threshold, device=device),
             tables={} if self._calibration is None else self._calibration.tables(device),
         )

@@ -5,18 +5,14 @@ and, where wanted, frame 0) and one interval of its own; text queries see everyt
 counts of allowed pairs, without a token matrix.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from core.block_mask import BlockSparseMask, block_count
+from core.block_mask import BlockSparseMask, block_count, block_lengths
 from core.layout import TokenLayout
-from core.notices import warn_once
-
-logger = logging.getLogger(__name__)
 
 Keep = Literal["cover", "fraction"]
 
@@ -57,6 +53,26 @@ class TokenPattern(NamedTuple):
         return self.always | inside
 
 
+class BlockPattern(NamedTuple):
+    """A pattern and the blocks that are executed for it.
+
+    Args:
+        pattern (TokenPattern): allowed pairs.
+        blocks (Tensor): executed blocks in the order of ``pattern``, ``[Mq, Mk]`` bool.
+        block_size (tuple[int, int]): tokens of a (query block, key block).
+    """
+
+    pattern: TokenPattern
+    blocks: torch.Tensor
+    block_size: tuple[int, int]
+
+    def density(self) -> float:
+        """Executed share of all pairs, 0 to 1, as the report counts it."""
+        length = len(self.pattern.always)
+        rows, columns = (block_lengths(length, size).to(torch.float64) for size in self.block_size)
+        return float(rows @ self.blocks.to(torch.float64) @ columns) / length**2
+
+
 class HeadPatterns(NamedTuple):
     """What the two classes of heads execute; index 0 is spatial, 1 is temporal.
 
@@ -79,43 +95,6 @@ class HeadPatterns(NamedTuple):
         return HeadPatterns(orders.to(device), places.to(device), seen.to(device), masks.to(device))
 
 
-def band_patterns(layout: TokenLayout, *, density: float, sink: bool, block: int) -> list[TokenPattern]:
-    """The patterns of Sparse VideoGen (arXiv 2502.01776): one band in frame-major and in token-major order.
-
-    Each half-width is the largest multiple of ``block`` that keeps the allowed pairs within ``density``, at
-    least one block: on a small grid text, sink and that block may pass ``density``, which is logged. With
-    ``sink`` frame 0 is seen by all and stands in its own order before the token-major rest, where its queries
-    look at the same places of the other frames.
-
-    Args:
-        layout (TokenLayout): text and grid of the sequence.
-        density (float): largest share of allowed pairs, in (0, 1]; text and sink count.
-        sink (bool): every query sees frame 0.
-        block (int): tokens of a block.
-
-    Returns:
-        list[TokenPattern]: spatial, temporal.
-    """
-    length = layout.sequence_length
-
-    def widest(pattern: Callable[[int], TokenPattern]) -> TokenPattern:
-        blocks = _last_true(block_count(length, block), lambda n: pattern(n * block).density() <= density)
-        return pattern(max(blocks, 1) * block)
-
-    patterns = [
-        widest(lambda width: _spatial_band(layout, width, sink)),
-        widest(lambda width: _temporal(layout, 1 - width, width, sink)),
-    ]
-    least = max(pattern.density() for pattern in patterns)
-    if least > density:
-        warn_once(
-            logger,
-            f"svg-smart: density {density:g} is out of reach for {layout.describe()}: text, sink and a band "
-            f"of one block of {block} tokens make {least:.3f}; smaller blocks come closer",
-        )
-    return patterns
-
-
 def frame_patterns(layout: TokenLayout, *, diagonal: int) -> list[TokenPattern]:
     """The patterns of Smart attention: frames up to ``diagonal`` apart and frame 0, or as many places.
 
@@ -131,40 +110,46 @@ def frame_patterns(layout: TokenLayout, *, diagonal: int) -> list[TokenPattern]:
     spatial = _neighbouring_frames(layout, diagonal)
 
     def window(width: int) -> TokenPattern:
-        return _temporal(layout, -(width // 2), width - width // 2, sink=True)
+        return token_major(layout, -(width // 2), width - width // 2, sink=True)
 
     wanted = spatial.pairs()
-    too_narrow = _last_true(layout.video_length * 2, lambda width: window(width).pairs() < wanted)
+    too_narrow = last_true(layout.video_length * 2, lambda width: window(width).pairs() < wanted)
     return [spatial, window(too_narrow + 1)]
 
 
-def head_patterns(
-    layout: TokenLayout, patterns: list[TokenPattern], *, block_size: tuple[int, int], keep: Keep
-) -> HeadPatterns:
-    """Round patterns to the blocks that are executed, on the CPU.
+def executed_blocks(
+    layout: TokenLayout, pattern: TokenPattern, *, block_size: tuple[int, int], keep: Keep
+) -> BlockPattern:
+    """Round a pattern to the blocks that are executed.
 
-    Kept whatever the patterns say: blocks that hold text and blocks on the diagonal.
+    Kept whatever the pattern says: blocks that hold text and blocks on the diagonal.
 
     Args:
         layout (TokenLayout): text and grid of the sequence.
-        patterns (list[TokenPattern]): spatial, temporal.
+        pattern (TokenPattern): allowed pairs.
         block_size (tuple[int, int]): tokens of a (query block, key block).
         keep (str): ``"cover"``, blocks with any allowed pair; ``"fraction"``, blocks with at least half of
             their pairs allowed.
     """
-    length = layout.sequence_length
-    forced = forced_blocks(layout, block_size, diagonal=True)
-    kept = []
-    for pattern in patterns:
-        share = allowed_shares(pattern, block_size)
-        kept.append(forced | (share > 0.0 if keep == "cover" else share >= FRACTION))
-    blocks = torch.stack(kept)
+    share = allowed_shares(pattern, block_size)
+    chosen = share > 0.0 if keep == "cover" else share >= FRACTION
+    return BlockPattern(pattern, forced_blocks(layout, block_size, diagonal=True) | chosen, block_size)
+
+
+def head_patterns(patterns: list[BlockPattern]) -> HeadPatterns:
+    """What the two classes of heads execute, on the CPU.
+
+    Args:
+        patterns (list[BlockPattern]): spatial, temporal; of one sequence and block size.
+    """
+    length, block_size = len(patterns[0].pattern.order), patterns[0].block_size
+    blocks = torch.stack([one.blocks for one in patterns])
     masks = BlockSparseMask.from_blocks(blocks, block_size, length, length)
     widest = int(masks.counts.max())
     masks = BlockSparseMask(
         masks.counts, masks.indices[..., :widest].contiguous(), block_size, length, length
     )
-    orders = torch.stack([pattern.order for pattern in patterns])
+    orders = torch.stack([one.pattern.order for one in patterns])
     places = orders.argsort(-1)
     seen = torch.stack(
         [_packed(one[:, place // block_size[1]]) for one, place in zip(blocks, places, strict=True)]
@@ -211,7 +196,7 @@ def allowed_shares(pattern: TokenPattern, block_size: tuple[int, int]) -> torch.
     return torch.cat(shares) / (rows[:, None] * (ends - starts))
 
 
-def _spatial_band(layout: TokenLayout, width: int, sink: bool) -> TokenPattern:
+def frame_major_band(layout: TokenLayout, width: int, sink: bool) -> TokenPattern:
     """``|i - j| < width`` in the model's order."""
     places = torch.arange(layout.sequence_length)
     return _with_text(layout, places, _seen_by_all(layout, sink), places - width + 1, places + width)
@@ -224,7 +209,7 @@ def _neighbouring_frames(layout: TokenLayout, diagonal: int) -> TokenPattern:
     return _with_text(layout, torch.arange(layout.sequence_length), _seen_by_all(layout, True), first, end)
 
 
-def _temporal(layout: TokenLayout, below: int, above: int, sink: bool) -> TokenPattern:
+def token_major(layout: TokenLayout, below: int, above: int, sink: bool) -> TokenPattern:
     """Token-major order; a query sees the places from ``below`` to ``above`` (exclusive) around its own.
 
     With ``sink`` frame 0 stands first in its own order, and a query of frame 0 is taken to stand where its
@@ -262,7 +247,7 @@ def _outside_before(always: torch.Tensor) -> torch.Tensor:
     return F.pad((~always).long().cumsum(0), (1, 0))
 
 
-def _last_true(largest: int, holds: Callable[[int], bool]) -> int:
+def last_true(largest: int, holds: Callable[[int], bool]) -> int:
     """The largest ``n`` in 1 to ``largest`` that ``holds`` is true for, 0 if none; true ones come first."""
     low, high = 0, largest
     while low < high:

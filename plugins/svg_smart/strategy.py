@@ -1,5 +1,6 @@
 """SvgSmartStrategy: every head runs the spatial or the temporal pattern, whichever suits it better."""
 
+import logging
 from collections.abc import Collection, Hashable, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
@@ -9,17 +10,21 @@ from pydantic import Field
 from core.block_mask import BlockSparseMask
 from core.context import AttentionContext
 from core.layout import TokenLayout
+from core.notices import warn_once
 from core.strategy import AttentionResult, AttentionStrategy, Capabilities, dense_result
 from kernels_common.strategy import BlockSparseParameters, SparsePattern, attend_pattern
+from plugins.svg_smart.bands import band_patterns
 from plugins.svg_smart.patterns import (
     HeadPatterns,
-    band_patterns,
+    executed_blocks,
     forced_blocks,
     frame_patterns,
     head_patterns,
 )
 from plugins.svg_smart.profiling import pattern_errors, sample_rows
 from plugins.svg_smart.semantic import Centroids, ClusterOptions, semantic_pattern
+
+logger = logging.getLogger(__name__)
 
 _JUDGED = ("keep", "sampled_rows", "refresh_every", "share_batch", "seed")
 _CLUSTERED = (
@@ -42,8 +47,8 @@ class SvgSmartParameters(BlockSparseParameters):
         variant (str): ``"band"``, a diagonal band in frame-major or token-major order (Sparse VideoGen);
             ``"frames"``, the nearest frames and frame 0, or as many places (Smart attention);
             ``"semantic"``, clusters of similar tokens (SVG2). Default: ``"band"``
-        density (float): ``"band"``: largest share of allowed pairs, in (0, 1], text and sink counted. The
-            executed density differs by the rounding to blocks, and a small grid may not reach it.
+        density (float): ``"band"``: share of all pairs to execute, in (0, 1], text and sink counted. A band
+            of whole blocks has it within 6 % of it or comes as near as it can, which is logged.
             Default: 0.25
         sink (bool): ``"band"``: every query sees frame 0. Default: False
         diagonal (int): ``"frames"``: largest distance of two frames that see each other. Default: 1
@@ -74,7 +79,7 @@ class SvgSmartParameters(BlockSparseParameters):
     }
 
     variant: Literal["band", "frames", "semantic"] = Field("band", description="kind of pattern")
-    density: float = Field(0.25, gt=0, le=1, description="band: largest share of allowed pairs")
+    density: float = Field(0.25, gt=0, le=1, description="band: share of all pairs to execute")
     sink: bool = Field(False, description="band: every query sees frame 0")
     diagonal: int = Field(1, ge=0, description="frames: largest distance of frames that see each other")
     keep: Literal["fraction", "cover"] = Field("fraction", description="blocks that stay")
@@ -116,19 +121,36 @@ class SvgSmartStrategy(AttentionStrategy):
 
     def plan(
         self, layout: TokenLayout, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> HeadPatterns | torch.Tensor:
-        """Orders and masks of both classes of heads; for clusters the blocks that stay, ``[Mq, Mk]`` bool."""
+    ) -> HeadPatterns | torch.Tensor | None:
+        """Orders and masks of both classes of heads; for clusters the blocks that stay, ``[Mq, Mk]`` bool.
+
+        None for a single frame, which is dense.
+        """
+        if layout.frames == 1:
+            warn_once(
+                logger,
+                f"svg-smart: a single frame has no two patterns, so {layout.describe()} run "
+                "dense (density 1.000)",
+            )
+            return None
         options = self.parameters
         size = (options.block_size, options.block_size)
         if options.variant == "semantic":
             return forced_blocks(layout, size, diagonal=False).to(device)
         if options.variant == "band":
             patterns = band_patterns(
-                layout, density=options.density, sink=options.sink, block=options.block_size
+                layout,
+                density=options.density,
+                sink=options.sink,
+                block=options.block_size,
+                keep=options.keep,
             )
         else:
-            patterns = frame_patterns(layout, diagonal=options.diagonal)
-        return head_patterns(layout, patterns, block_size=size, keep=options.keep).to(device)
+            patterns = [
+                executed_blocks(layout, pattern, block_size=size, keep=options.keep)
+                for pattern in frame_patterns(layout, diagonal=options.diagonal)
+            ]
+        return head_patterns(patterns).to(device)
 
     def attend(
         self,
@@ -138,7 +160,7 @@ class SvgSmartStrategy(AttentionStrategy):
         context: AttentionContext,
     ) -> AttentionResult:
         """Attention by the pattern of each head; dense for a single frame, which has no such choice."""
-        if context.layout.frames == 1:
+        if self.planned(query, context) is None:
             return dense_result(query, key, value)
         backend = self.parameters.backend
         if self.parameters.variant == "semantic":

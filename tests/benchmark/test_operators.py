@@ -13,7 +13,8 @@ from kernels_common import (
     merge_by_lse,
     scatter_tokens,
 )
-from plugins.svg_smart.patterns import band_patterns, head_patterns
+from plugins.svg_smart.bands import band_patterns
+from plugins.svg_smart.patterns import head_patterns
 from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
 from plugins.svg_smart.reference import attention_reference
 from plugins.svg_smart.strategy import select_patterns
@@ -97,8 +98,8 @@ def attend_half(call, part):
 def test_classes_of_svg_smart(call, timed):
     """Judging every head on 32 rows, and the mask and the token order that follow."""
     layout, tensors = call.context.layout, (call.query, call.key, call.value)
-    band = band_patterns(layout, density=0.25, sink=False, block=BLOCK[0])
-    patterns = head_patterns(layout, band, block_size=BLOCK, keep="fraction").to(call.query.device)
+    band = band_patterns(layout, density=0.25, sink=False, block=BLOCK[0], keep="fraction")
+    patterns = head_patterns(band).to(call.query.device)
 
     def errors_of_rows():
         rows = sample_rows(32, 0, call.context, call.query.device)

@@ -74,6 +74,27 @@ def test_top_k(importance, forced, device, form, keep, counts):
     check(mask, expected_blocks(importance, forced, lambda ranked, head: counts[head]))
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_top_k_of_every_row(importance, forced, device, form, heads):
+    rows = importance.shape[2]
+    keep = torch.arange(1, heads * rows + 1, device=device).view(heads, rows) * 2 % 7
+    mask = select_top_k(importance, keep, BLOCKS, *lengths(importance), forced=forced)
+    whole = [
+        select_top_k(importance, number, BLOCKS, *lengths(importance), forced=forced).to_blocks()
+        for number in range(1, 7)
+    ]
+    expected = torch.stack(
+        [
+            torch.stack(
+                [whole[max(1, int(keep[head % heads, row])) - 1][:, head, row] for row in range(rows)], 1
+            )
+            for head in range(importance.shape[1])
+        ],
+        1,
+    )
+    check(mask, expected.cpu())
+
+
 @pytest.mark.parametrize("include_crossing", [False, True], ids=["below", "reach"])
 @pytest.mark.parametrize(
     ("mass", "bounds"),
@@ -210,8 +231,9 @@ def test_wrong_calls_are_refused(importance, device):
         select_top_k(importance, 1, BLOCKS, 64, 336)
     with pytest.raises(LayoutError, match="forced"):
         select_top_k(importance, 1, *sizes, forced=importance[0, 0, 0, :3] > 0)
-    with pytest.raises(LayoutError, match=r"keep must be a number or \[2\]"):
-        select_top_k(importance, torch.ones(3, device=device), *sizes)
+    for wrong in (torch.ones(3, device=device), torch.ones(2, 3, device=device)):
+        with pytest.raises(LayoutError, match=r"keep must be a number or \[2\] or \[2, 2\]"):
+            select_top_k(importance, wrong, *sizes)
     with pytest.raises(LayoutError, match="bool"):
         lists_from_blocks(importance)
 

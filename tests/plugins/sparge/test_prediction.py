@@ -5,7 +5,6 @@ import torch
 
 from core import TokenLayout, UnsupportedCallError
 from plugins.sparge.prediction import (
-    blocks_for_density,
     causal_blocks,
     executed_density,
     forced_blocks,
@@ -178,18 +177,6 @@ def test_forced_blocks_hold_text_and_sink(text_first):
     columns = torch.stack([part.any() for part in is_text.split(32)])
     assert torch.equal(forced, rows[:, None] | columns)
     assert forced_blocks(layout, (16, 32), sink=True)[:, 0].all()
-
-
-@pytest.mark.parametrize("density", [0.2, 0.35, 0.5, 0.8, 1.0])
-def test_blocks_for_density(density):
-    forced = forced_blocks(TokenLayout(20, 6, 16, 16), (16, 32), sink=False)
-    number = blocks_for_density(density, forced)
-
-    def executed(count):
-        return float((forced.sum(-1) + (~forced).sum(-1).clamp(max=count)).sum()) / forced.numel()
-
-    assert executed(number) <= density or number == 1
-    assert executed(number + 1) > density or executed(number) == 1.0
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0.3}, {"cdf": 0.7, "similarity_threshold": 0.6}], ids=str)

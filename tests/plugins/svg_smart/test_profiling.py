@@ -3,7 +3,8 @@ import torch
 
 from core import AttentionContext, TokenLayout
 from core.testing import dense_fp64, random_qkv
-from plugins.svg_smart.patterns import band_patterns, frame_patterns, head_patterns
+from plugins.svg_smart.bands import band_patterns
+from plugins.svg_smart.patterns import executed_blocks, frame_patterns, head_patterns
 from plugins.svg_smart.profiling import allowed_keys, pattern_errors, sample_rows
 from plugins.svg_smart.reference import attention_reference
 
@@ -12,7 +13,10 @@ LAYOUT = TokenLayout(6, 6, 4, 8)
 
 def plan(layout=LAYOUT, diagonal=0, block=16):
     return head_patterns(
-        layout, frame_patterns(layout, diagonal=diagonal), block_size=(block, block), keep="fraction"
+        [
+            executed_blocks(layout, pattern, block_size=(block, block), keep="fraction")
+            for pattern in frame_patterns(layout, diagonal=diagonal)
+        ]
     )
 
 
@@ -55,12 +59,7 @@ def test_the_batch_is_judged_entry_by_entry():
 
 def test_full_patterns_have_no_error():
     query, key, value = random_qkv(LAYOUT)
-    full = head_patterns(
-        LAYOUT,
-        band_patterns(LAYOUT, density=1.0, sink=False, block=16),
-        block_size=(16, 16),
-        keep="fraction",
-    )
+    full = head_patterns(band_patterns(LAYOUT, density=1.0, sink=False, block=16, keep="fraction"))
     rows = torch.arange(0, LAYOUT.sequence_length, 5)
     assert pattern_errors(query, key, value, rows, full).max() == 0
 
@@ -83,12 +82,7 @@ def test_rows_are_video_tokens_and_repeat():
 def test_planted_heads_are_recognised(temporal):
     """Keys share a code with queries of the same frame (spatial) or of the same place (temporal)."""
     layout = TokenLayout(4, 8, 4, 8)
-    patterns = head_patterns(
-        layout,
-        frame_patterns(layout, diagonal=0),
-        block_size=(16, 16),
-        keep="fraction",
-    )
+    patterns = plan(layout)
     group = layout.token_places() if temporal else layout.token_frames()
     wrong = 0
     for seed in range(200):
