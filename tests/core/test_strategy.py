@@ -16,6 +16,7 @@ from core import (
     TokenLayout,
     UnsupportedCallError,
     call_generator,
+    create_strategy,
 )
 from core.dense import attention
 from core.strategy import PLANS_KEPT
@@ -205,3 +206,22 @@ def test_autocast_casts_as_torch_does_for_its_own_attention():
         output = Half()(*mixed, AttentionContext(LAYOUT))
         expected = torch.nn.functional.scaled_dot_product_attention(*mixed)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+
+
+def test_gradients_flow_under_autocast(sparse_strategy):
+    name, options = sparse_strategy
+    if not create_strategy(name, **options).capabilities.backward:
+        pytest.skip("has no backward")
+    inputs = random_qkv(LAYOUT, seed=0)
+    slope = torch.randn_like(inputs[0])
+
+    def gradients(cast, enabled):
+        tensors = [part.clone().requires_grad_() for part in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = create_strategy(name, **options)(*map(cast, tensors), AttentionContext(LAYOUT))
+            return torch.autograd.grad((output.float() * slope).sum(), tensors)
+
+    by_hand = gradients(torch.Tensor.bfloat16, False)
+    for gradient, expected in zip(gradients(lambda part: part, True), by_hand, strict=True):
+        assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+        assert torch.equal(gradient, expected)
