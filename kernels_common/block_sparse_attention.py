@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from core.argument_checks import check_tensors_given
+from core.argument_checks import check_causal, check_tensors_given
 from core.block_mask import BlockSparseMask
 from core.errors import LayoutError, UnsupportedCallError
 from kernels_common.block_sparse_backends import QUANTIZATIONS, CallFeatures, resolve_backend
@@ -137,7 +137,7 @@ def block_sparse_attention(
 
     Raises:
         LayoutError: shapes, dtypes or devices do not fit together.
-        ParameterError: ``scale`` is not positive and finite.
+        ParameterError: ``scale`` is not positive and finite, or ``causal`` is no bool.
         UnsupportedCallError: the backend does not support the call, or there is no gradient for it.
     """
     result = attend_blocks(
@@ -182,6 +182,7 @@ def attend_blocks(
     check_tensors(query, key, value)
     check_mask(query, key, block_mask)
     check_extras(query, key, key_lengths, bias)
+    check_causal(causal)
     orders = TokenOrders(query_order, key_order)
     check_orders(query, key, orders, key_lengths, causal)
     features = _features(query, key_lengths, bias, causal, quantization, skip_threshold)
