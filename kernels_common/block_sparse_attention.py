@@ -122,7 +122,8 @@ def block_sparse_attention(
             in the order of ``query``. It is trusted. Not with ``causal`` or ``key_lengths``. Default: places
             are tokens
         key_order (Tensor, Optional): the same for ``key``, ``value`` and ``bias``, ``[Nk]`` or
-            ``[B or 1, Hkv or 1, Nk]``. Default: places are tokens
+            ``[B or 1, Hkv or 1, Nk]``. An order of Hkv heads goes with a bias of 1 or Hkv heads; one of Hq is
+            refused. Default: places are tokens
         causal (bool): query i sees keys up to ``i + Nk - Nq`` only; with equal lengths no later key. Kept
             blocks behind that are computed for nothing: leave them out of the mask. Default: False
         quantization (str): ``"none"``; ``"int8_fp8"``, INT8 query and key with FP8 weights and value;
