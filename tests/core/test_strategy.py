@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -225,3 +225,34 @@ def test_gradients_flow_under_autocast(sparse_strategy):
     for gradient, expected in zip(gradients(lambda part: part, True), by_hand, strict=True):
         assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
         assert torch.equal(gradient, expected)
+
+
+class CountParameters(StrategyParameters):
+    count: int | None = None
+    ratio: float = 0.5
+    window: tuple[int, ...] = (1, 2)
+    flag: bool = False
+    either: int | bool = 0
+    extra: dict[str, Any] = {}
+
+
+class Count(Half):
+    Parameters = CountParameters
+
+
+@pytest.mark.parametrize(
+    "given", [{"dense_layers": True}, {"count": False}, {"ratio": True}, {"window": (1, True)}], ids=str
+)
+def test_true_and_false_are_no_numbers(given):
+    ((name, value),) = given.items()
+    expected = f"strategy 'half': {name}: expected a number, not true or false, got {value!r}"
+    with pytest.raises(ParameterError) as error:
+        Count(**given)
+    assert str(error.value) == expected
+
+
+def test_bools_and_numbers_in_text_are_read_where_they_belong():
+    given = {"dense_layers": "2", "count": "3", "ratio": "0.25", "window": ["4", 5], "flag": "true"}
+    read = Count(**given, either=True, extra={"sink": True}).parameters
+    assert (read.dense_layers, read.count, read.ratio, read.window, read.flag) == (2, 3, 0.25, (4, 5), True)
+    assert read.either is True and read.extra == {"sink": True}
