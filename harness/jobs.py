@@ -214,8 +214,9 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 
 def _read_value(text: str) -> Any:
-    """``true``, ``0.5``, ``[1, 2]`` as their YAML values; anything else stays text."""
+    """``true``, ``0.5``, ``[1, 2]`` as their YAML values; anything else stays text, ``off`` too."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    return text if isinstance(value, bool) and text.lower() not in ("true", "false") else value

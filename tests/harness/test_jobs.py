@@ -103,3 +103,9 @@ def test_commas_within_brackets_belong_to_the_value():
 def test_a_parameter_that_is_given_twice_is_named(again):
     with pytest.raises(BenchError, match="decay_factor is given twice; give it once"):
         split_label(f"radial:decay_factor=1,block_size=64,{again}")
+
+
+def test_off_is_a_word_and_true_is_a_bool():
+    overrides = parse_spec("radial:nan_guard=off,sink=true").overrides
+    assert overrides == {"nan_guard": "off", "sink": True}
+    assert parse_spec("radial:sink=no").parameters["sink"] is False
