@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from core.errors import LayoutError
+from core.errors import LayoutError, ParameterError
 
 
 def check_tensors_given(**arguments: object) -> None:
@@ -29,6 +29,16 @@ def check_alike(**tensors: torch.Tensor) -> None:
     if not alike or not first.is_floating_point():
         found = ", ".join(f"{name} {part.dtype} on {part.device}" for name, part in tensors.items())
         raise LayoutError(f"expected tensors of one floating dtype on one device; got {found}")
+
+
+def check_causal(causal: bool) -> None:
+    """Refuse what is no bool, which torch's operators would answer with their schema.
+
+    Raises:
+        ParameterError: it is none.
+    """
+    if not isinstance(causal, bool):
+        raise ParameterError(f"causal must be True or False, got {causal!r}")
 
 
 def shapes_of(**tensors: torch.Tensor) -> str:

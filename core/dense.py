@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from core.argument_checks import check_alike, check_tensors_given, shapes_of
+from core.argument_checks import check_alike, check_causal, check_tensors_given, shapes_of
 from core.dense_packages import PACKAGES, package_attention, package_obstacle
 from core.errors import LayoutError, ParameterError, UnsupportedCallError
 
@@ -92,12 +92,13 @@ def attention(
 
     Raises:
         LayoutError: query, key and value are no tensors ``[B, H, N, D]`` of one floating dtype and device.
-        ParameterError: ``scale`` is no number.
+        ParameterError: ``scale`` is no number, or ``causal`` no bool.
         UnsupportedCallError: ``backend`` is not one of these names or cannot take the call.
     """
     _check_tensors(query, key, value)
     if scale is not None and not isinstance(scale, Real):
         raise ParameterError(f"scale must be a number, got {scale!r}")
+    check_causal(causal)
     if backend == "auto":
         backend = resolve_dense_backend(query, key, value, causal=causal)
     if backend not in BACKENDS:

@@ -25,6 +25,7 @@ class LevelMask:
         indices (Tensor): key block indices, those of level 1 first, then 2, 4 and 8, ascending within
             a level, ``[B or 1, H or 1, Mq, Kmax]`` int32.
         block_size (tuple[int, int]): tokens of a (query block, key block); the latter a multiple of 8.
+            `kernels_common.pooled_attention` takes multiples of 16 for both.
         query_length (int): query tokens; ``Mq = ceil(query_length / block_size[0])``.
         key_length (int): key tokens.
 

@@ -2,9 +2,17 @@
 
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from core.errors import ParameterError
 
@@ -14,7 +22,7 @@ class StrategyParameters(BaseModel):
 
     Declare a field with ``pydantic.Field``: default, range (``ge``, ``le``, ``gt``, ``lt``) and a
     description that names the unit. Text such as ``"0.5"`` or ``"true"`` is converted, so that the
-    command line and Python take the same values.
+    command line and Python take the same values; True and False are no numbers.
 
     Where one parameter chooses a variant, ``read_by`` says which others each of its values reads, as
     ``{"variant": {"a": ("width",), "b": ()}}``: a parameter named there must keep its default under the
@@ -52,6 +60,14 @@ class StrategyParameters(BaseModel):
             faults = "; ".join(cls._describe_fault(fault) for fault in error.errors())
             raise ParameterError(f"strategy '{owner}': {faults}") from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bools_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        types = _types_within(cls.model_fields[str(info.field_name)].annotation)
+        if types & {int, float} and not types & {bool, Any} and _holds_bool(value):
+            raise ValueError("expected a number, not true or false")
+        return value
+
     @model_validator(mode="after")
     def _refuse_unread(self) -> Self:
         faults = [
@@ -85,3 +101,14 @@ class StrategyParameters(BaseModel):
             return f"unknown parameter '{path}'{hint} (known: {', '.join(cls.model_fields)})"
         message = fault["msg"].removeprefix("Value error, ")
         return f"{path or 'parameters'}: {message}, got {fault['input']!r}"
+
+
+def _types_within(annotation: Any) -> set[Any]:
+    """The annotation and everything in its brackets, at any depth; the values of a Literal are none."""
+    inner = () if get_origin(annotation) is Literal else get_args(annotation)
+    return {annotation}.union(*map(_types_within, inner))
+
+
+def _holds_bool(value: Any) -> bool:
+    """Whether a value is a bool or a sequence, at any depth, that has one."""
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_bool, value)))

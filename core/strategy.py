@@ -185,7 +185,8 @@ class AttentionStrategy(ABC):
     ) -> torch.Tensor:
         """Check the call, run it dense or sparse, guard the output and record what ran.
 
-        Under autocast the tensors are cast first, as torch does for its own attention.
+        Under autocast the tensors are cast first, as torch does for its own attention; the method itself runs
+        without autocast, so that what it computes in fp32 stays in fp32.
 
         Returns:
             Tensor: ``[B, Hq, Nq, D]``.
@@ -197,6 +198,12 @@ class AttentionStrategy(ABC):
         """
         check_tensors_given(query=query, key=key, value=value)
         query, key, value = _autocast(query, key, value)
+        with torch.autocast(query.device.type, enabled=False):
+            return self._run(query, key, value, context)
+
+    def _run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
         self._check_call(query, key, value, context)
         stopwatch = self.record.start(query.device)
         dense_reason = self._warm_up_reason(context)

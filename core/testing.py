@@ -132,6 +132,19 @@ class StrategyConformance:
                     error = (output - dense_fp64(query, key, value)).abs().max()
                     assert error < tolerance[dtype], f"{dtype} {layout.describe()}: {error}"
 
+    def test_autocast_changes_nothing_but_the_inputs(self) -> None:
+        """Autocast casts query, key and value; what a method computes in fp32 stays in fp32."""
+        halves = [
+            part for part in (torch.bfloat16, torch.float16) if part in self.strategy.capabilities.dtypes
+        ]
+        context = AttentionContext(LAYOUTS[0])
+        query, key, value = self.inputs(LAYOUTS[0])
+        for dtype in halves[:1]:
+            with torch.autocast(query.device.type, dtype):
+                output = self.make()(query, key, value, context)
+            by_hand = self.make()(query.to(dtype), key.to(dtype), value.to(dtype), context)
+            assert output.dtype == dtype and torch.equal(output, by_hand)
+
     def test_reported_density_is_executed(self) -> None:
         for layout in LAYOUTS:
             strategy = self.make()

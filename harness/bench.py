@@ -14,9 +14,10 @@ from harness import metrics
 from harness.command import DONE, FAILED, run_command
 from harness.config import BenchConfig, parse_arguments
 from harness.environment import PACKAGE, provenance, resolve_device
-from harness.jobs import DENSE, Job, StrategySpec, make_jobs, presets_of, resolve_specs
+from harness.jobs import Job, StrategySpec, make_jobs, presets_of, resolve_specs
 from harness.models import DEMO, LoadedModel, check_request, load_model, preset_names
-from harness.results import ResultRow, read_rows, read_run
+from harness.notices import run_notices
+from harness.results import read_rows, read_run
 from harness.run_folder import FIXED, RunFolder, utc_now
 from harness.runner import Runner
 from harness.tables import provenance_line, summarise, to_markdown
@@ -122,23 +123,13 @@ def _prompt_warnings(config: BenchConfig) -> list[str]:
     ]
 
 
-def dense_after_all(rows: Sequence[ResultRow]) -> list[str]:
-    """One remark per strategy that was meant sparse but executed every pair, with the reason."""
-    remarks = {}
-    for row in rows:
-        if row.ok and row.strategy != DENSE and row.density == 1.0:
-            warm = sum(row.dense_calls.values()) == sum(row.backends.values())
-            reason = ", ".join(row.dense_calls) if warm else f"at {row.tokens} tokens it leaves nothing out"
-            remarks[row.label] = f"{row.label} executed every pair (density 1.000): {reason}"
-    return list(remarks.values())
-
-
 def _finish(config: BenchConfig, run_dir: Path, failed: int) -> None:
     rows = read_rows(run_dir / "results.jsonl")
     print()
-    print(to_markdown(summarise(rows), provenance_line(read_run(run_dir), rows)))
-    for remark in dense_after_all(rows):
-        print(f"note: {remark}")
+    run = read_run(run_dir)
+    print(to_markdown(summarise(rows), provenance_line(run, rows)))
+    for notice in run_notices(run, rows):
+        print(f"note: {notice}")
     if failed:
         print(f"{failed} job(s) failed; their rows and {run_dir / 'errors.log'} say why")
     if config.gallery and any(row.ok for row in rows):

@@ -1,6 +1,7 @@
 """What every ``python -m harness.X`` does alike: options, errors in one line, Ctrl-C, exit codes."""
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from core import SparseAttnError
 from harness.errors import BenchError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_NUMBERS = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
 
 
 def run_command(
@@ -70,13 +72,37 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> Na
     """Read a command line.
 
     Raises:
-        BenchError: an option is unknown or has a wrong value.
+        BenchError: an option is unknown, missing or has a wrong value.
         SystemExit: after ``--help``.
     """
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        raise BenchError(" ".join(str(error).split())) from None
+        raise BenchError(_in_plain_words(parser, " ".join(str(error).split()))) from None
+
+
+def _in_plain_words(parser: ArgumentParser, message: str) -> str:
+    """The parser's message with options as they are typed and types in words, as far as it names them."""
+    if found := re.fullmatch(r"(the following arguments are required: )(.+)", message):
+        return found[1] + ", ".join(_option(parser, name) for name in found[2].split(", "))
+    found = re.fullmatch(r'Parser key "(\w+)"(?: element \d+)?: Expected an? (.+)\. Got value: (.*)', message)
+    if found and (expected := _expected(found[2])):
+        return f"{_option(parser, found[1])} must be {expected}, got '{found[3]}'"
+    return message
+
+
+def _expected(annotation: str) -> str | None:
+    """A type of an option in words; None for one that no option has."""
+    if choices := re.fullmatch(r"typing\.Literal\[(.+)\]", annotation):
+        *others, last = choices[1].replace("'", "").split(", ")
+        return f"{', '.join(others)} or {last}" if others else last
+    return _NUMBERS.get(annotation)
+
+
+def _option(parser: ArgumentParser, name: str) -> str:
+    """How an argument is typed: ``--num-frames`` for ``num_frames``, a positional one by its name."""
+    typed = (action.option_strings for action in parser._actions if action.dest == name)
+    return next(iter(next(typed, [])), name)
 
 
 def require_at_least(options: Namespace, least: int, *names: str) -> None:

@@ -185,7 +185,7 @@ def split_label(text: str) -> tuple[str, dict[str, str]]:
     """Name and ``key=value`` pairs of a spec as they are written.
 
     Raises:
-        BenchError: the text is not of this form.
+        BenchError: the text is not of this form, or has a key twice.
     """
     name, colon, rest = text.strip().partition(":")
     pairs: dict[str, str] = {}
@@ -193,7 +193,9 @@ def split_label(text: str) -> tuple[str, dict[str, str]]:
         return name, pairs
     for item in _split_outside_brackets(rest):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value) or key in pairs:
+        if key in pairs:
+            raise BenchError(f"strategy '{text}': {key} is given twice; give it once")
+        if not (key and equals and value):
             raise BenchError(f"strategy '{text}': cannot read '{item.strip()}'; {SPEC_FORM}")
         pairs[key] = value
     return name, pairs
@@ -212,8 +214,9 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 
 def _read_value(text: str) -> Any:
-    """``true``, ``0.5``, ``[1, 2]`` as their YAML values; anything else stays text."""
+    """``true``, ``0.5``, ``[1, 2]`` as their YAML values; anything else stays text, ``off`` too."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    return text if isinstance(value, bool) and text.lower() not in ("true", "false") else value

@@ -1,22 +1,17 @@
 """The values that ``page.html`` shows: result rows turned into text, pictures and addresses."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from harness.columns import COLUMNS, TIMES, Column, is_baseline, number, percent, seconds
 from harness.curves import curve_names
-from harness.models import SMALL
+from harness.notices import times_notice
 from harness.plots import COLOURS, AxisLabel, Point, density_map, mean_map, scatter
 from harness.results import ResultRow
 from harness.tables import SummaryRow, summarise
 
-SMALL_MODEL_NOTICE = (
-    "This model is too small for a GPU: its calls take less time than their launches, so whoever launches "
-    "more is slower. Read density and fidelity here; measure speed at the size you mean to use."
-)
 MOST_PLAYERS = 60
 """Above this number of videos the page loads only those near the view: browsers refuse about 75 players."""
 
@@ -142,22 +137,6 @@ def _provenance(settings: dict[str, Any], rows: Sequence[ResultRow]) -> list[tup
         ),
     }
     return [(name, text) for name, text in facts.items() if text]
-
-
-def times_notice(settings: dict[str, Any]) -> str:
-    """What must be said where times do not carry over: on a CPU, and of a small model on a GPU."""
-    if not runs_on_cpu(settings):
-        return SMALL_MODEL_NOTICE if settings["model"] in SMALL else ""
-    return (
-        "These times were taken on a CPU and say nothing about times on a GPU, where other kernels run. "
-        "Read density and fidelity here; measure speed on the GPU you mean to use."
-    )
-
-
-def runs_on_cpu(settings: dict[str, Any]) -> bool:
-    """Whether the run's device is a processor, which is named with its cores, and not a GPU."""
-    device = str(settings["device"])
-    return device.lower().startswith("cpu") or re.search(r"\(\d+ cores?\b", device) is not None
 
 
 def _summary_note(summaries: Sequence[SummaryRow], unavailable: dict[str, str]) -> str:

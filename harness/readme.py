@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from harness.columns import is_baseline
 from harness.errors import BenchError
-from harness.page import times_notice
+from harness.notices import times_notice
 from harness.results import RESULTS_NAME, ResultRow, read_rows, read_run
 from harness.tables import provenance_line, summarise, to_markdown
 from harness.video import read_frames

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from core.argument_checks import check_tensors_given
+from core.argument_checks import check_causal, check_tensors_given
 from core.block_mask import BlockSparseMask
 from core.errors import LayoutError, UnsupportedCallError
 from kernels_common.block_sparse_backends import QUANTIZATIONS, CallFeatures, resolve_backend
@@ -122,7 +122,8 @@ def block_sparse_attention(
             in the order of ``query``. It is trusted. Not with ``causal`` or ``key_lengths``. Default: places
             are tokens
         key_order (Tensor, Optional): the same for ``key``, ``value`` and ``bias``, ``[Nk]`` or
-            ``[B or 1, Hkv or 1, Nk]``. Default: places are tokens
+            ``[B or 1, Hkv or 1, Nk]``. An order of Hkv heads goes with a bias of 1 or Hkv heads; one of Hq is
+            refused. Default: places are tokens
         causal (bool): query i sees keys up to ``i + Nk - Nq`` only; with equal lengths no later key. Kept
             blocks behind that are computed for nothing: leave them out of the mask. Default: False
         quantization (str): ``"none"``; ``"int8_fp8"``, INT8 query and key with FP8 weights and value;
@@ -137,7 +138,7 @@ def block_sparse_attention(
 
     Raises:
         LayoutError: shapes, dtypes or devices do not fit together.
-        ParameterError: ``scale`` is not positive and finite.
+        ParameterError: ``scale`` is not positive and finite, or ``causal`` is no bool.
         UnsupportedCallError: the backend does not support the call, or there is no gradient for it.
     """
     result = attend_blocks(
@@ -182,6 +183,7 @@ def attend_blocks(
     check_tensors(query, key, value)
     check_mask(query, key, block_mask)
     check_extras(query, key, key_lengths, bias)
+    check_causal(causal)
     orders = TokenOrders(query_order, key_order)
     check_orders(query, key, orders, key_lengths, causal)
     features = _features(query, key_lengths, bias, causal, quantization, skip_threshold)

@@ -80,6 +80,8 @@ def block_sparse_attention_flex(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run FlexAttention; arguments as in :func:`kernels_common.block_sparse_attention`.
 
+    It records no gradients: the operator around it has its own backward.
+
     Returns:
         tuple[Tensor, Tensor]: output ``[B, Hq, Nq, D]`` in the dtype and memory order of ``query``, and
         the natural log-sum-exp ``[B, Hq, Nq]`` fp32.
@@ -93,6 +95,7 @@ def block_sparse_attention_flex(
         raise UnsupportedCallError("backend 'flex' supports neither key_lengths nor bias; use 'auto'")
     block_mask = BlockSparseMask(counts, indices, block_size, query.shape[2], key.shape[2])
     attend = _attend_compiled if query.device.type == "cuda" else _attend_eager
+    query, key, value = query.detach(), key.detach(), value.detach()  # CPUs refuse what requires a gradient
     options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     output, aux = attend(query, key, value, block_mask, return_aux=AuxRequest(lse=True), **options)
     target = torch.empty_like(query)

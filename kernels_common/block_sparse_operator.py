@@ -54,7 +54,8 @@ def block_sparse_attention_op(
         with _exact(query):
             return block_sparse_attention_torch(*tensors, *lists, block_size, causal=causal, **extras)
     if backend in PLAIN_ONLY:
-        return _plain_form(backend)(*tensors, *lists, block_size, scale=scale)
+        with _exact(query):
+            return _plain_form(backend)(*tensors, *lists, block_size, scale=scale)
     from kernels_common.block_sparse_triton import block_sparse_attention_triton
 
     return block_sparse_attention_triton(
@@ -169,7 +170,7 @@ def _no_tiles(query: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _exact(tensor: torch.Tensor) -> torch.autocast:
-    """Autocast off: it would round the matrix products of the plain forms."""
+    """Autocast off: it would round the matrix products of what is written in torch."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

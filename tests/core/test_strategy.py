@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from core import (
     TokenLayout,
     UnsupportedCallError,
     call_generator,
+    create_strategy,
 )
 from core.dense import attention
 from core.strategy import PLANS_KEPT
@@ -205,3 +206,53 @@ def test_autocast_casts_as_torch_does_for_its_own_attention():
         output = Half()(*mixed, AttentionContext(LAYOUT))
         expected = torch.nn.functional.scaled_dot_product_attention(*mixed)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+
+
+def test_gradients_flow_under_autocast(sparse_strategy):
+    name, options = sparse_strategy
+    if not create_strategy(name, **options).capabilities.backward:
+        pytest.skip("has no backward")
+    inputs = random_qkv(LAYOUT, seed=0)
+    slope = torch.randn_like(inputs[0])
+
+    def gradients(cast, enabled):
+        tensors = [part.clone().requires_grad_() for part in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = create_strategy(name, **options)(*map(cast, tensors), AttentionContext(LAYOUT))
+            return torch.autograd.grad((output.float() * slope).sum(), tensors)
+
+    by_hand = gradients(torch.Tensor.bfloat16, False)
+    for gradient, expected in zip(gradients(lambda part: part, True), by_hand, strict=True):
+        assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+        assert torch.equal(gradient, expected)
+
+
+class CountParameters(StrategyParameters):
+    count: int | None = None
+    ratio: float = 0.5
+    window: tuple[int, ...] = (1, 2)
+    flag: bool = False
+    either: int | bool = 0
+    extra: dict[str, Any] = {}
+
+
+class Count(Half):
+    Parameters = CountParameters
+
+
+@pytest.mark.parametrize(
+    "given", [{"dense_layers": True}, {"count": False}, {"ratio": True}, {"window": (1, True)}], ids=str
+)
+def test_true_and_false_are_no_numbers(given):
+    ((name, value),) = given.items()
+    expected = f"strategy 'half': {name}: expected a number, not true or false, got {value!r}"
+    with pytest.raises(ParameterError) as error:
+        Count(**given)
+    assert str(error.value) == expected
+
+
+def test_bools_and_numbers_in_text_are_read_where_they_belong():
+    given = {"dense_layers": "2", "count": "3", "ratio": "0.25", "window": ["4", 5], "flag": "true"}
+    read = Count(**given, either=True, extra={"sink": True}).parameters
+    assert (read.dense_layers, read.count, read.ratio, read.window, read.flag) == (2, 3, 0.25, (4, 5), True)
+    assert read.either is True and read.extra == {"sink": True}

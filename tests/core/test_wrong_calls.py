@@ -31,6 +31,11 @@ CALLS = {
         "torch.float16 on cpu",
     ),
     "a scale in words": (lambda: attention(TOKENS, TOKENS, TOKENS, scale="a"), ParameterError, "got 'a'"),
+    "causal in words": (
+        lambda: attention(TOKENS, TOKENS, TOKENS, causal="no"),
+        ParameterError,
+        "causal must be True or False, got 'no'",
+    ),
     "a strategy of lists": (
         lambda: create_strategy("dense")(LISTS, TOKENS, TOKENS, AttentionContext(LAYOUT)),
         LayoutError,

@@ -12,6 +12,7 @@ from collections import namedtuple
 import pytest
 
 from harness import bench, run_folder, runner
+from harness.notices import runs_on_cpu
 from harness.results import read_rows, read_run
 from harness.run_folder import RunFolder
 from harness.video import read_frames
@@ -212,11 +213,11 @@ def test_another_version_of_a_plugin_is_not_mixed_in(arguments, copy, capsys):
     assert "from somebody 0.1.0" in last_error(capsys)
 
 
-def test_a_run_that_was_dense_after_all_says_so(finished):
-    remarks = bench.dense_after_all(read_rows(finished / "results.jsonl"))
-    assert remarks == [
-        "radial:block_size=64 executed every pair (density 1.000): at 64 tokens it leaves nothing out"
-    ]
+def test_notices_stand_under_the_table(arguments, copy, capsys):
+    assert bench.main([*arguments, "--output", str(copy)]) == 0
+    below = capsys.readouterr().out.split("Measured on")[1]
+    assert "note: radial:block_size=64 executed every pair (density 1.000): at 64 tokens" in below
+    assert ("note: These times were taken on a CPU" in below) == runs_on_cpu(read_run(copy))
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "3"])

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -95,3 +96,37 @@ def test_numbers_below_the_least_name_their_option():
     require_at_least(options, 0, "held_out")
     with pytest.raises(BenchError, match="--held-out must be at least 1, got 0"):
         require_at_least(options, 1, "held_out")
+
+
+@pytest.fixture
+def parser():
+    parser = make_parser("harness.x", None)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--held-out", type=str, required=True)
+    parser.add_argument("--dtype", type=Literal["half", "full", "double"])
+    parser.add_argument("--num-frames", type=int)
+    parser.add_argument("--budgets", type=float, nargs="+")
+    parser.add_argument("--prompts", type=int | Literal["all"])
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "the following arguments are required: file, --held-out"),
+        ("x", "the following arguments are required: --held-out"),
+        ("x --held-out 1 --dtype fp8", "--dtype must be half, full or double, got 'fp8'"),
+        ("x --held-out 1 --num-frames 3.5", "--num-frames must be a whole number, got '3.5'"),
+        ("x --held-out 1 --budgets 0.1 much", "--budgets must be a number, got 'much'"),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(parser, given, message):
+    with pytest.raises(BenchError) as error:
+        parse_options(parser, given.split())
+    assert str(error.value) == message
+
+
+def test_messages_without_plain_words_are_kept(parser):
+    with pytest.raises(BenchError, match='"prompts".*few') as error:
+        parse_options(parser, ["x", "--held-out", "1", "--prompts", "few"])
+    assert "\n" not in str(error.value)

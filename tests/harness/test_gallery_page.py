@@ -6,7 +6,7 @@ import re
 import pytest
 
 from harness.gallery import _render
-from harness.page import MOST_PLAYERS, describe_page, times_notice
+from harness.page import MOST_PLAYERS, describe_page
 from tests.browser.synthetic_run import LABELS, PROMPTS, make_row, settings
 
 HOSTILE = '<script>alert("1")</script>\'&'
@@ -90,22 +90,6 @@ def test_a_figure_that_nobody_measured_has_no_column():
 def test_rows_of_videos_are_even(count, columns):
     labels = tuple(f"method-{index}" for index in range(count))
     assert describe_page(settings(), rows(labels, PROMPTS[:1]))["groups"][0]["columns"] == columns
-
-
-@pytest.mark.parametrize(
-    ("device", "model", "word"),
-    [
-        ("Intel(R) Xeon(R) Processor @ 2.70GHz (2 cores, 2 threads)", "demo", "on a CPU"),
-        ("AMD EPYC 9554 (1 cores, 1 threads)", "a/checkpoint", "on a CPU"),
-        ("cpu", "demo", "on a CPU"),
-        ("NVIDIA H200", "demo", "too small for a GPU"),
-        ("NVIDIA H200", "a/checkpoint", ""),
-        ("NVIDIA GeForce RTX 5090", "cogvideox-2b-random", ""),
-    ],
-)
-def test_times_that_do_not_carry_over_are_noticed(device, model, word):
-    notice = times_notice(settings() | {"device": device, "model": model})
-    assert word in notice and bool(notice) is bool(word)
 
 
 def test_many_videos_are_loaded_when_near():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from core import BlockSparseMask, UnsupportedCallError
+from kernels_common import block_sparse_attention
 from kernels_common.block_sparse_flex import block_sparse_attention_flex, flex_obstacle
 
 on_gpu = torch.cuda.is_available()
@@ -65,6 +66,28 @@ def test_grouped_heads_and_a_shared_mask(make_call):
 def test_memory_order_of_query_is_kept(make_call):
     query, key, value, mask = make_call(200, 200, (64, 64))
     _check(query.transpose(1, 2).contiguous().transpose(1, 2), key, value, mask)
+
+
+def test_gradients_are_those_of_the_reference(make_call, generator):
+    *tensors, mask = make_call(200, 150, (64, 64), kv_heads=1)
+    slope = torch.randn(tensors[0].shape, generator=generator).to(mask.device)
+
+    def gradients(backend):
+        inputs = [part.clone().requires_grad_() for part in tensors]
+        output, lse = block_sparse_attention(*inputs, mask, return_lse=True, backend=backend)
+        seen = lse.masked_fill(lse.isneginf(), 0.0)
+        return output, *torch.autograd.grad((output * slope).sum() + seen.sum(), inputs)
+
+    for found, expected in zip(gradients("flex"), gradients("reference"), strict=True):
+        assert found.abs().max() > 0
+        assert (found - expected).norm() <= 2.0**-17 * expected.norm()
+
+
+def test_autocast_does_not_lower_the_precision(make_call, device):
+    *tensors, mask = make_call(200, 150, (64, 64))
+    expected = block_sparse_attention(*tensors, mask, backend="flex")
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(block_sparse_attention(*tensors, mask, backend="flex"), expected)
 
 
 @pytest.mark.skipif(not on_gpu, reason="needs a CUDA device: the compiled form")

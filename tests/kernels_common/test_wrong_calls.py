@@ -55,6 +55,16 @@ CALLS = {
         ParameterError,
         "scale must be positive and finite, got 'x'",
     ),
+    "causal in words": (
+        lambda: sparse(causal="no"),
+        ParameterError,
+        "causal must be True or False, got 'no'",
+    ),
+    "causal as a number": (
+        lambda: attend_blocks(TOKENS, TOKENS, TOKENS, MASK, causal=1),
+        ParameterError,
+        "causal must be True or False, got 1",
+    ),
     "key lengths in a list": (lambda: sparse(key_lengths=[4]), LayoutError, "key_lengths must be a tensor"),
     "a bias in a list": (lambda: sparse(bias=[1.0]), LayoutError, "bias must be a tensor"),
     "a threshold in a list": (

@@ -186,7 +186,7 @@ def test_lists_and_text_from_a_command_line():
         ({"tile": "best"}, "Input should be 'auto'"),
         ({"window": [3, 3, 2.5]}, "window: expected three whole numbers"),
         ({"window": 3}, "window: expected three whole numbers"),
-        ({"window": [3, True, 3]}, "window: expected three whole numbers"),
+        ({"window": [3, True, 3]}, "window: expected a number, not true or false"),
         ({"heads": []}, "heads"),
         ({"heads": [[1, 1, 1], [3]]}, "heads.1: expected three whole numbers"),
         ({"density": 0}, "density"),
