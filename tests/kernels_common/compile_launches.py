@@ -83,6 +83,8 @@ def operators(head_dim, dtype):
     yield "pooled backward", partial(backward_pooled, *saved, *pooled_lists, scale=0.1)
     importance = module("block_importance_triton").pooled_softmax_triton
     yield "importance", partial(importance, query, query, (32, 32), 0.1, maximum=False)
+    rows, numbers = torch.rand(1, 2, 8, 8), torch.ones(1, 8, dtype=torch.int32)
+    yield "choice of blocks", partial(module("selection_triton").select_top_k_triton, rows, numbers, None)
     partition = make_partition(TokenLayout(0, 2, 20, 25), (1, 2, 2), seed=0, local=False)
     yield "matching", partial(best_destinations_triton, query, query, partition)
     for precision in ("int8_fp16", "int8_fp8") if CAPABILITY >= 89 else ("int8_fp16",):
