@@ -43,6 +43,8 @@ class AppliedStrategy:
         strategy.installed = True
 
     def __enter__(self) -> "AppliedStrategy":
+        if not self._sessions:
+            raise InstallError("this handle's strategy was removed; call apply_strategy again")
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -111,6 +111,13 @@ def test_removal_restores_the_very_processors(make_pipeline):
     assert not transformer._forward_pre_hooks and not transformer._forward_hooks
 
 
+def test_a_removed_handle_is_not_entered_again(make_pipeline):
+    with apply_strategy(make_pipeline(), "dense") as run:
+        pass
+    with pytest.raises(InstallError, match="was removed; call apply_strategy again"), run:
+        pass
+
+
 def test_an_error_inside_the_block_still_restores(make_pipeline):
     transformer = make_pipeline().transformer
     before = dict(transformer.attn_processors)
