@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from core import InstallError, UnsupportedCallError, apply_strategy
+from core import InstallError, apply_strategy
 from core.testing import tiny_call, tiny_transformer
 
 STRATEGIES = {
@@ -83,13 +83,9 @@ def test_compiled_blocks_have_no_gradients_and_say_so():
         block.compile(fullgraph=True, backend="aot_eager")
     with (
         apply_strategy(transformer, "dense"),
-        pytest.raises(Exception, match="compiled blocks with a strategy have no gradients") as caught,
+        pytest.raises(Exception, match="compiled blocks with a strategy have no gradients"),
     ):
         transformer(**tiny_call(transformer))[0].sum().backward()
-    chain = [caught.value, caught.value.__cause__]
-    assert any(isinstance(error, UnsupportedCallError) for error in chain) or "UnsupportedCallError" in str(
-        caught.value
-    )
 
 
 @torch.no_grad()

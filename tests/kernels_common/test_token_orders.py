@@ -5,12 +5,13 @@ import torch
 
 from core import BlockSparseMask, LayoutError, UnsupportedCallError
 from kernels_common import attend_blocks, block_sparse_attention, token_orders
-from kernels_common.block_sparse_backends import BACKENDS
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS = 2, 4, 2, 130, 200
 PLACES = {"one for all": (), "per batch entry": (BATCH, 1), "per head": (1, None), "all": (BATCH, None)}
 # Sums over D and over the keys grow as random walks of 2^-24; with fp16, weights and output are rounded once.
 TOLERANCE = {torch.float32: 2.0**-18, torch.float16: 2.0**-10}
+# Scores are summed in fp32; torch's 16-bit CPU kernel takes an exponential of about 14 bits.
+LSE_TOLERANCE = {torch.float32: 2.0**-15, torch.float16: 2.0**-13}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -71,7 +72,7 @@ def check(tokens, mask, backend, **options):
     error = (output.double() - expected_output).norm()
     assert error <= TOLERANCE[output.dtype] * expected_output.norm()
     seen = ~lse.isneginf()
-    assert (lse.double() - expected_lse)[seen].abs().max() <= 2.0**-13
+    assert (lse.double() - expected_lse)[seen].abs().max() <= LSE_TOLERANCE[output.dtype]
 
 
 @pytest.fixture(params=["reference", "torch", "triton"])
@@ -185,7 +186,3 @@ def test_what_is_about_the_tokens_own_sequence_is_refused(make_tokens, make_orde
     for options, name in (({"causal": True}, "causal"), ({"key_lengths": lengths}, "key_lengths")):
         with pytest.raises(UnsupportedCallError, match=f"{name} is about the tensors' own sequence"):
             block_sparse_attention(*tokens, mask, **options, **orders)
-
-
-def test_all_backends_are_covered():
-    assert set(BACKENDS) == {"reference", "torch", "triton", "gluon", "flex", "flash4"}
