@@ -125,7 +125,9 @@ def _check(tokens: torch.Tensor | tuple[torch.Tensor, ...], order: torch.Tensor)
 
 
 def _moves_by_triton(sources: tuple[torch.Tensor, ...]) -> bool:
-    """Not where a gradient is asked for: torch's own functions have one."""
+    """Not where torch's own functions do more: they have gradients and can be part of a compiled graph."""
+    if torch.compiler.is_compiling():
+        return False
     needs_grad = torch.is_grad_enabled() and any(part.requires_grad for part in sources)
     return not needs_grad and runs_triton(sources[0])
 
