@@ -134,7 +134,7 @@ def block_sparse_attention_quantized_gluon(
         quantized_fwd_kernel_sm90[(programs,)](
             _source(query, head_dim), _source(key, head_dim), _source(value, 64),
             *(part.contiguous() for part in scales), output, lse, counts, indices, counter,
-            *list_strides(counts)[:2], *list_strides(indices)[:3], *output.stride()[:3],
+            *list_strides(counts)[:2], *list_strides(indices)[:3],
             items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
             D=head_dim, STAGES=STAGES[head_dim], MASK_N=block_size[1], num_warps=4,
         )  # fmt: skip
