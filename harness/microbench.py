@@ -12,7 +12,7 @@ from harness.errors import BenchError
 COLUMNS = ("strategy", "density", "backend", "median", "against dense", "largest error")
 KINDS = {"strategies": "", "gradients": ", forward and backward pass"}
 LIKENESS = "relative L1 to dense"  # missing in older files
-PREDICTION = "prediction"
+PREDICTION, DENSE_OPERATOR = "prediction", "attention"
 
 
 def read_benchmarks(path: Path) -> dict[str, Any]:
@@ -36,22 +36,18 @@ def tables(run: dict[str, Any]) -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in run["benchmarks"]:
         kind = (entry["group"] or "").partition(" ")[0]
-        if kind in KINDS or kind == PREDICTION:
+        if kind in (*KINDS, PREDICTION, DENSE_OPERATOR):
             groups[kind, entry["extra_info"]["shape"]].append(entry)
-    predictions = {shape: groups.pop((kind, shape)) for kind, shape in list(groups) if kind == PREDICTION}
-    if not groups:
+    strategies = {group: entries for group, entries in groups.items() if group[0] in KINDS}
+    predictions = {shape: entries for (kind, shape), entries in groups.items() if kind == PREDICTION}
+    if not strategies and not predictions:
         raise BenchError("this file has no strategies: run tests/benchmark/test_strategies.py")
-    first = next(iter(groups.values()))[0]
-    return "\n\n".join(
-        [
-            *(_table(*group, entries) for group, entries in groups.items()),
-            *(
-                _prediction_table(shape, entries, groups["strategies", shape])
-                for shape, entries in predictions.items()
-            ),
-            _provenance(run, first["extra_info"]),
-        ]
-    )
+    parts = [_table(*group, entries) for group, entries in strategies.items()]
+    for shape, entries in predictions.items():
+        dense = _dense_s(groups["strategies", shape]) or _dense_operator_s(groups[DENSE_OPERATOR, shape])
+        parts.append(_prediction_table(shape, entries, dense))
+    described = next(iter((strategies or predictions).values()))
+    return "\n\n".join([*parts, _provenance(run, described[0]["extra_info"], bool(strategies))])
 
 
 def _table(kind: str, shape: str, entries: list[dict[str, Any]]) -> str:
@@ -77,9 +73,12 @@ def _dense_s(entries: list[dict[str, Any]]) -> float | None:
     return next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
 
 
-def _prediction_table(shape: str, entries: list[dict[str, Any]], strategies: list[dict[str, Any]]) -> str:
-    """Predictions alone, each once, beside one dense call."""
-    dense = _dense_s(strategies)
+def _dense_operator_s(entries: list[dict[str, Any]]) -> float | None:
+    return next((_median_s(entry) for entry in entries if entry["name"].startswith("test_dense[")), None)
+
+
+def _prediction_table(shape: str, entries: list[dict[str, Any]], dense: float | None) -> str:
+    """Predictions alone, each once, beside one dense call of so many seconds."""
     lines = [("prediction", "median", "share of a dense call"), ("---", "---:", "---:")]
     for entry in sorted(entries, key=_median_s):
         name = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
@@ -112,13 +111,17 @@ def _label(entry: dict[str, Any]) -> str:
     return entry["param"].removeprefix(entry["extra_info"]["shape"] + "-")
 
 
-def _provenance(run: dict[str, Any], facts: dict[str, Any]) -> str:
+def _provenance(run: dict[str, Any], facts: dict[str, Any], of_strategies: bool) -> str:
     commit = facts.get("commit") or run.get("commit_info", {}).get("id", "unknown")
-    calls = f"{facts['calls']} steps of one layer in a row" if facts.get("calls", 1) > 1 else "One call each"
+    in_a_row = "steps of one layer in a row" if of_strategies else "calls in a row"
+    calls = f"{facts['calls']} {in_a_row}" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
+    where = f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "
+    where += f"on {facts.get('inputs', 'random')} inputs"
+    if not of_strategies:
+        return f"{where}."
     return (
-        f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "
-        f"on {facts.get('inputs', 'random')} inputs, prediction and reordering included; what depends on the "
+        f"{where}, prediction and reordering included; what depends on the "
         "shape alone (masks) is planned before. The largest error is against float64 attention over the "
         "same mask, checked first; strategies without one mask for the call have none."
     )

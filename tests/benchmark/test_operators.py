@@ -95,7 +95,7 @@ def attend_half(call, part):
 
 
 @torch.inference_mode()
-def test_classes_of_svg_smart(call, timed):
+def test_classes_of_svg_smart(call, timed, calls_in_a_row):
     """Judging every head on 32 rows, and the mask and the token order that follow."""
     layout, tensors = call.context.layout, (call.query, call.key, call.value)
     band = band_patterns(layout, density=0.25, sink=False, block=BLOCK[0], keep="fraction")
@@ -116,22 +116,41 @@ def test_classes_of_svg_smart(call, timed):
     for found, keys in zip(errors[:, -1, -1], allowed_keys(patterns, rows), strict=True):
         output = attention_reference(query[:, :, rows], key, value, keys)
         assert found.item() == pytest.approx((output - exact).square().mean().item(), rel=5e-2)
-    timed(run, call, "prediction", sampled_rows=32)
+    timed(run, call, "prediction", calls_in_a_row, repeated=True, sampled_rows=32)
+
+
+@pytest.fixture
+def matching(call):
+    """Partition of the video, and the 45 % of it that are merged."""
+    layout = call.context.layout
+    partition = make_partition(layout, (4, 3, 3), seed=0, local=False).to(call.query.device)
+    return partition, round(0.45 * layout.video_length)
 
 
 @torch.inference_mode()
-def test_matching_of_tome(call, timed):
-    """Every source's best destination, and the groups of the 45 % of the video that are merged."""
-    layout = call.context.layout
-    partition = make_partition(layout, (4, 3, 3), seed=0, local=False).to(call.query.device)
-    r = round(0.45 * layout.video_length)
+def test_matching_of_tome(call, timed, matching, calls_in_a_row):
+    """Every source's best destination, and the groups of what is merged."""
+    partition, r = matching
 
     def run():
         similarity, best = best_destinations(call.key, call.value, partition, "kv_norm")
-        return make_merge_map(similarity, best, partition, r, layout.sequence_length)
+        return make_merge_map(similarity, best, partition, r, call.key.shape[2])
 
     expected, _ = best_destinations_torch(call.key[-1:, -1:], call.value[-1:, -1:], partition)
     found, _ = best_destinations(call.key, call.value, partition, "kv_norm")
     assert (found[-1:, -1:] - expected).abs().max() < 1e-2
-    assert run().merged_length == layout.sequence_length - r
-    timed(run, call, "prediction", merged=r)
+    assert run().merged_length == call.key.shape[2] - r
+    timed(run, call, "prediction", calls_in_a_row, repeated=True, merged=r)
+
+
+@torch.inference_mode()
+def test_groups_of_tome(call, timed, matching, calls_in_a_row):
+    """The groups alone, which are part of the matching."""
+    partition, r = matching
+    similarity, best = best_destinations(call.key, call.value, partition, "kv_norm")
+
+    def run():
+        return make_merge_map(similarity, best, partition, r, call.key.shape[2])
+
+    assert (run().counts().sum(-1) == call.key.shape[2]).all()
+    timed(run, call, "prediction", calls_in_a_row, repeated=True, merged=r)

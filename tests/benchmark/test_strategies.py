@@ -14,12 +14,9 @@ from core import BlockSparseMask
 from core.dense import attention
 from harness.tuning import relative_l1
 
-# Queued without waiting, as a model does; what a method keeps for some steps is used as in a video.
-STEPS_IN_A_ROW = {"cpu": 1, "cuda": 5}
-
 
 @torch.inference_mode()
-def test_strategy(call, spec, timed, error_of):
+def test_strategy(call, spec, timed, error_of, calls_in_a_row):
     strategy = spec.create()
     inputs = (call.query, call.key, call.value, call.context)
     output = strategy(*inputs)
@@ -39,7 +36,7 @@ def test_strategy(call, spec, timed, error_of):
         facts["relative_l1"] = float(relative_l1(output, dense).mean())
     facts |= {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
     strategy.installed = True  # as within a pipeline: output checks are gathered
-    contexts = last_steps(call)
+    contexts = last_steps(call, calls_in_a_row)
 
     def attend():
         strategy.reset()
@@ -50,7 +47,7 @@ def test_strategy(call, spec, timed, error_of):
     strategy.verify_outputs()
 
 
-def test_strategy_gradients(call, spec, timed):
+def test_strategy_gradients(call, spec, timed, calls_in_a_row):
     """Forward and backward pass; gradients against autograd are the conformance suite's business."""
     if not spec.create().capabilities.backward:
         pytest.skip("has no backward pass")
@@ -65,13 +62,15 @@ def test_strategy_gradients(call, spec, timed):
     report = strategy.report()
     facts = {"density": report.density, "backend": "+".join(report.backends), "parameters": spec.parameters}
     strategy.installed = True
-    contexts = last_steps(call)
+    contexts = last_steps(call, calls_in_a_row)
     timed(lambda: [both_passes(context) for context in contexts], call, "gradients", len(contexts), **facts)
 
 
-def last_steps(call):
-    """Contexts of one layer in the last steps, which end with the call's own."""
-    steps = STEPS_IN_A_ROW[call.query.device.type]
+def last_steps(call, steps):
+    """Contexts of one layer in the last steps, which end with the call's own.
+
+    What a method keeps for some steps is used as in a video.
+    """
     first = call.context.step_index - steps + 1
     return [replace(call.context, step_index=first + index) for index in range(steps)]
 

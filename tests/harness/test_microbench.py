@@ -73,6 +73,21 @@ def test_predictions_are_shares_of_one_dense_call():
     assert line and set(text.splitlines()) < set(tables(run).splitlines())
 
 
+def test_operators_alone_are_shares_of_their_own_dense_call():
+    run = json.loads(COMMITTED.read_text())
+    dense, matching = run["benchmarks"][:2]
+    facts = dense["extra_info"] | {"calls": 5}
+    shape = facts["shape"]
+    dense |= {"group": f"attention {shape}", "name": f"test_dense[{shape}]", "stats": {"median": 0.01}}
+    dense["extra_info"] = facts | {"calls": 1}
+    matching |= {"group": f"prediction {shape}", "name": f"test_matching_of_tome[{shape}]"}
+    matching |= {"stats": {"median": 0.002}, "extra_info": facts}
+    run["benchmarks"] = [dense, matching]
+    text = tables(run)
+    assert "| matching of tome | 0.400 ms | 4.0% |" in text.splitlines()
+    assert "5 calls in a row" in text and "float64" not in text
+
+
 def test_a_file_without_strategies(tmp_path, capsys):
     run = json.loads(COMMITTED.read_text())
     run["benchmarks"] = []
