@@ -76,25 +76,28 @@ def make_merge_map(
         r (int): sources to merge, 0 to Ns.
         length (int): tokens of the sequence, S.
     """
-    chosen = similarity.argsort(dim=-1, descending=True, stable=True)[..., :r]
-    merged = partition.sources[chosen]  # tokens [B, H, r]
-    targets = partition.destinations[place.gather(-1, chosen)]
+    merged = _most_similar(similarity, r)
+    sources = partition.sources
     shape, device = (*similarity.shape[:2], length), similarity.device
-    stays = torch.ones(shape, dtype=torch.bool, device=device).scatter_(-1, merged, False)
-    group = stays.cumsum(-1) - 1  # of the tokens that stay
-    owner, by_owner = group.gather(-1, targets).sort(dim=-1, stable=True)
-    counts = torch.ones(*shape[:2], length - r + 1, dtype=torch.int64, device=device)
-    counts.scatter_add_(-1, owner + 1, torch.ones_like(owner))
-    counts[..., 0] = 0
-    starts = counts.cumsum(-1)
-    # Before the i-th merged token, by owner, lie i merged ones and the first members of owner + 1 groups.
-    places = torch.where(stays, starts.gather(-1, group.clamp(min=0)), length)
-    order = torch.empty(*shape[:2], length + 1, dtype=torch.int32, device=device)
-    order.scatter_(-1, places, torch.arange(length, dtype=torch.int32, device=device).expand(shape))
-    order.scatter_(
-        -1, owner + 1 + torch.arange(r, device=device), merged.gather(-1, by_owner).to(torch.int32)
-    )
-    return MergeMap(order[..., :length].contiguous(), starts.to(torch.int32))
+    stays = torch.ones(shape, dtype=torch.bool, device=device).index_copy_(-1, sources, ~merged)
+    group = stays.cumsum(-1, dtype=torch.int32) - 1  # of the tokens that stay
+    joined = group.gather(-1, partition.destinations[place])
+    group.index_copy_(-1, sources, torch.where(merged, joined, group.index_select(-1, sources)))
+    ranks, order = (2 * group + ~stays).sort(dim=-1, stable=True)  # in every group first the one that stays
+    firsts = torch.arange(0, 2 * (length - r) + 1, 2, dtype=torch.int32, device=device)
+    starts = torch.searchsorted(ranks, firsts.expand(*shape[:2], -1).contiguous(), out_int32=True)
+    return MergeMap(order.to(torch.int32), starts)
+
+
+def _most_similar(similarity: torch.Tensor, r: int) -> torch.Tensor:
+    """The ``r`` sources of the largest similarity, ``[B, H or 1, Ns]`` bool; NaN counts as the largest."""
+    if r == 0:
+        return torch.zeros_like(similarity, dtype=torch.bool)
+    similarity = similarity.nan_to_num(nan=float("inf"))
+    threshold = similarity.topk(r, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, ties = similarity > threshold, similarity == threshold
+    room = r - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def merge_tokens(tokens: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:

@@ -82,6 +82,30 @@ def test_the_most_similar_pairs_are_merged(make_map, generator, r):
         assert found == expected
 
 
+@pytest.mark.parametrize("r", [1, 40, 150])
+def test_of_equal_similarities_the_first_are_merged(r):
+    partition = make_partition(LAYOUT, (2, 2, 2), seed=0, local=False)
+    similarity = torch.full((1, 1, len(partition.sources)), 0.25)
+    similarity[..., 33] = 0.5
+    similarity[..., -1] = -0.0
+    place = torch.zeros_like(similarity, dtype=torch.int64)
+    merge_map = make_merge_map(similarity, place, partition, r, LAYOUT.sequence_length)
+    (group,) = (group for group in groups_of(merge_map, 0, 0) if len(group) > 1)
+    first = range(r - 1) if r <= 33 else (*range(33), *range(34, r))
+    assert group[0] == partition.destinations[0]
+    assert set(group[1:]) == set(partition.sources[[33, *first]].tolist())
+
+
+def test_similarities_that_are_no_numbers_lose_no_token(generator):
+    partition = make_partition(LAYOUT, (2, 2, 2), seed=0, local=False)
+    similarity = torch.rand(1, 2, len(partition.sources), generator=generator)
+    similarity[0, 0, ::3] = similarity[0, 1] = float("nan")
+    place = torch.zeros_like(similarity, dtype=torch.int64)
+    merge_map = make_merge_map(similarity, place, partition, 40, LAYOUT.sequence_length)
+    assert merge_map.merged_length == LAYOUT.sequence_length - 40
+    assert (merge_map.order.sort().values == torch.arange(LAYOUT.sequence_length)).all()
+
+
 def test_means_equal_loops(make_map, generator):
     merge_map, _ = make_map(LAYOUT, 120)
     tokens = torch.randn(2, 3, LAYOUT.sequence_length, 20, generator=generator)
