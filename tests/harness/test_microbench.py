@@ -20,14 +20,20 @@ def test_ratios_are_to_the_dense_median_of_the_same_shape():
     assert "Measured on NVIDIA H200" in text
 
 
-FILES = [COMMITTED, *sorted(COMMITTED.parent.glob("strategies_*.json"))]
+FOLDER, README = COMMITTED.parent, COMMITTED.parents[2] / "README.md"
+FILES = [COMMITTED, *sorted(FOLDER.glob("strategies_*.json")), *sorted(FOLDER.glob("operators_*.json"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_documentation_shows_what_the_command_prints(path, capsys):
     assert main([str(path)]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed in (COMMITTED.parent / "strategies.md").read_text()
+    assert printed in (FOLDER / "strategies.md").read_text()
+
+
+def test_the_readme_shows_what_the_command_prints():
+    path = FOLDER / "strategies_17k_structured_nvidia_h200_2026-11-29.json"
+    assert tables(read_benchmarks(path)) in README.read_text()
 
 
 @pytest.mark.parametrize(
