@@ -10,9 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels_common.block_sparse_gluon_parts import locate
 
-_warp_barrier = (
-    gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-)  # its name until Triton 3.6
+# Up to Triton 3.6 it is called thread_barrier.
+_warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
