@@ -195,3 +195,12 @@ def test_tolerances_of_gradients_and_pooling_are_not_loose(operator):
     verdict = judge(operator, case, [(0, 0), (0, 1)])
     tolerance = (POOLED_FORWARD if operator.is_masked else GRADIENTS)[torch.bfloat16]
     assert verdict.status == "right" and verdict.error > tolerance / 10
+
+
+def test_every_block_size_is_checked_but_with_what_compiles_for_seconds():
+    blocks = {}
+    for check in doctor.make_checks(quick=False):
+        blocks.setdefault((check.family, check.operator), set()).add(check.block_size)
+    assert blocks["block-sparse", "flex"] == {(128, 128)}
+    assert blocks["block-sparse", "triton"] == set(doctor.BLOCKS)
+    assert blocks["dense", "sdpa"] == {None}
