@@ -113,13 +113,17 @@ def load_function(name: str) -> Callable[..., torch.Tensor] | str:
     """The function of package ``name``, or why it cannot be had."""
     package = PACKAGES[name]
     try:
-        return getattr(importlib.import_module(package.module), package.function)
+        module = importlib.import_module(package.module)
     except ModuleNotFoundError as error:
         if error.name is not None and package.module.startswith(error.name):
             return f"needs the package {package.module}, which is not installed ({package.install})"
         return f"cannot be imported: {error}"
     except Exception as error:  # a broken binary raises whatever its loader raises
         return f"cannot be imported: {error}"
+    # FlashAttention 4 alone leaves a package of FlashAttention 2's name, with nothing in it.
+    missing = f"needs {package.function} of the package {package.module}, which has none ({package.install})"
+    function: Callable[..., torch.Tensor] | str = getattr(module, package.function, missing)
+    return function
 
 
 @functools.cache

@@ -16,9 +16,12 @@ LAYOUT = TokenLayout(0, 1, 10, 20)
 
 @pytest.fixture(autouse=True)
 def fresh_caches():
+    caches = load_function, dense_packages._known_answer_obstacle
+    for cache in caches:  # other tests ask for installed packages
+        cache.cache_clear()
     yield
-    load_function.cache_clear()
-    dense_packages._known_answer_obstacle.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture
@@ -83,6 +86,12 @@ def test_a_package_whose_own_dependency_is_missing_is_not_called_missing(monkeyp
 
     monkeypatch.setattr(dense_packages.importlib, "import_module", no_cutlass)
     assert load_function("flash4") == "cannot be imported: No module named 'cutlass'"
+
+
+def test_a_package_without_its_function_is_not_called_broken(monkeypatch):
+    monkeypatch.setattr(dense_packages.importlib, "import_module", types.ModuleType)
+    expected = "needs flash_attn_func of the package flash_attn, which has none (pip install flash-attn)"
+    assert load_function("flash2") == expected
 
 
 def test_the_installed_function_is_found(install):
