@@ -201,10 +201,15 @@ def supports_matching(key: torch.Tensor) -> bool:
     return row_bytes <= (LARGEST_ROW_BYTES // 2 if small else LARGEST_ROW_BYTES)
 
 
-def select_match_config(head_dim: int, dtype: torch.dtype) -> MatchConfig:
-    """The longer the rows, the fewer candidates per step, so that a step needs the same shared memory."""
-    row_bytes = padded_head_dim(head_dim) * dtype.itemsize
-    return MatchConfig(min(MOST_CANDIDATES, MOST_CANDIDATES * 128 // row_bytes))
+def select_match_config(key: torch.Tensor) -> MatchConfig:
+    """The longer the rows, the fewer candidates per step, so that a step needs the same shared memory.
+
+    A third stage gains 8 % on an H200. Two tiles of sources per program, which halve the reads of candidates,
+    are slower there by half.
+    """
+    row_bytes = padded_head_dim(key.shape[3]) * key.element_size()
+    tile_c = min(MOST_CANDIDATES, MOST_CANDIDATES * 128 // row_bytes)
+    return MatchConfig(tile_c, num_stages=3 if holds_large_tiles(key) else 2)
 
 
 def best_destinations_triton(
@@ -220,7 +225,7 @@ def best_destinations_triton(
         config (MatchConfig, Optional): tile and launch parameters. Default: `select_match_config`
     """
     batch, heads, _, head_dim = key.shape
-    config = config or select_match_config(head_dim, key.dtype)
+    config = config or select_match_config(key)
     own = tuple(
         part if part.stride(3) == 1 else part.contiguous() for part in (key, value) if part is not None
     )
