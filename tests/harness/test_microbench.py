@@ -94,6 +94,24 @@ def test_operators_alone_are_shares_of_their_own_dense_call():
     assert "5 calls in a row" in text and "float64" not in text
 
 
+def test_dense_calls_within_predictions_are_subtracted(tmp_path, capsys):
+    run = json.loads(COMMITTED.read_text())
+    dense, matching = run["benchmarks"][:2]
+    facts = dense["extra_info"] | {"calls": 5}
+    shape = facts["shape"]
+    dense |= {"group": f"attention {shape}", "name": f"test_dense[{shape}]", "stats": {"median": 0.05}}
+    dense["extra_info"] = facts
+    matching |= {"group": f"prediction {shape}", "name": f"test_matching_of_tome[{shape}]"}
+    matching |= {"stats": {"median": 0.052}, "extra_info": facts | {"with_dense": True}}
+    run["benchmarks"] = [dense, matching]
+    text = tables(run)
+    assert "| matching of tome | 0.400 ms | 4.0% |" in text.splitlines()
+    assert "5 layers in a row, a prediction and a dense call each, less the dense calls" in text
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(run | {"benchmarks": [matching]}))
+    assert main([str(path)]) == 2 and "run test_dense into the same file" in capsys.readouterr().err
+
+
 def test_a_file_without_strategies(tmp_path, capsys):
     run = json.loads(COMMITTED.read_text())
     run["benchmarks"] = []
