@@ -1,10 +1,10 @@
 """The Hopper kernel for head dimension 64: two teams of a TMA producer warp and two consumer warpgroups.
 
 At this head dimension the softmax takes as long as the matrix products, and what hides it is more warps: a
-program holds two teams that share nothing but the multiprocessor, each walking its own 128-row query tiles
-as the kernel of ``block_sparse_gluon.py`` does. Tiles of 64 keys keep four consumers in the register file.
-A consumer issues PV of one tile and QK of the next together and waits for both; the others compute
-meanwhile. Lists are walked from their end: only the last listed block can reach past the keys.
+program holds two teams that share nothing but the multiprocessor, each walking 128-row query tiles of its
+own as the kernel for head dimension 128 does. Tiles of 64 keys keep four consumers in the register file. A
+consumer issues PV of one tile and QK of the next together and waits for both; the others compute meanwhile.
+Lists are walked from their end: only the last listed block can reach past the keys.
 
 Shape letters: M = 64 rows of a consumer, N = 64 keys of a tile, D = 64 head dimension.
 """
@@ -19,7 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels_common.block_sparse_gluon_parts import exp2, locate, new_barriers, read_list, store_rows
+from kernels_common.block_sparse_gluon_parts import (
+    exp2,
+    get_item,
+    locate,
+    new_barriers,
+    new_facts,
+    put_item,
+    read_list,
+    ring_place,
+    store_rows,
+)
 
 TILE_N = 64
 STAGES = 4  # key and value tiles in flight
@@ -41,31 +51,33 @@ def _plan(count, list_ptr, key_length, MASK_N: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    TEAM: gl.constexpr, TEAMS: gl.constexpr, sources, lists, memory, items, row_tiles, heads, group,
-    key_length,
+    TEAM: gl.constexpr, TEAMS: gl.constexpr, sources, lists, memory, counter_ptr, items, row_tiles, heads,
+    group, key_length,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MASK_N: gl.constexpr,
 ):  # fmt: skip
-    """One warp: copies query tiles and the listed key and value tiles, each list from its end."""
+    """One warp: takes work items, copies query tiles and the listed key and value tiles from a list's end."""
     query_source, key_source, value_source = sources
-    query_ring, key_ring, value_ring, q_full, q_empty, k_full, v_full, kv_empty = memory
+    query_ring, key_ring, value_ring, facts, q_full, q_empty, k_full, v_full, kv_empty = memory
     SPLIT: gl.constexpr = MASK_N // N
     step = 0
     work = 0
-    for item in range(gl.program_id(0) * TEAMS + TEAM, items, gl.num_programs(0) * TEAMS):
+    item = gl.program_id(0) * TEAMS + TEAM
+    while item < items:
         batch, head, row = locate(item, row_tiles, heads)
         kv_head = head // group
-        slot = work % Q_STAGES
-        mbarrier.wait(q_empty.index(slot), ((work // Q_STAGES) & 1) ^ 1)
+        count, list_ptr = read_list(item, lists, row_tiles, heads)
+        tiles, valid = _plan(count, list_ptr, key_length, MASK_N, N)
+        slot, phase = ring_place(work, Q_STAGES)
+        mbarrier.wait(q_empty.index(slot), phase ^ 1)
+        put_item(facts, slot, batch, head, row, tiles, valid)
         mbarrier.expect(q_full.index(slot), 128 * D * 2)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 query_source, [batch, head, row * 128 + half * 64, 0], q_full.index(slot),
                 query_ring.index(slot * 2 + half),
             )  # fmt: skip
-        work += 1  # noqa: SIM113 (compiled code)
+        work += 1
 
-        count, list_ptr = read_list(item, lists, row_tiles, heads)
-        tiles, _ = _plan(count, list_ptr, key_length, MASK_N, N)
         position = tiles - 1
         # Entries are read one tile ahead of their use.
         block = gl.load(list_ptr + gl.maximum(position, 0) // SPLIT)
@@ -73,14 +85,19 @@ def _producer(
             start = block * MASK_N + position % SPLIT * N
             position -= 1
             block = gl.load(list_ptr + gl.maximum(position, 0) // SPLIT)
-            slot = step % STAGES
-            mbarrier.wait(kv_empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            slot, phase = ring_place(step, STAGES)
+            mbarrier.wait(kv_empty.index(slot), phase ^ 1)
             place = [batch, kv_head, start, 0]
             mbarrier.expect(k_full.index(slot), N * D * 2)
             tma.async_copy_global_to_shared(key_source, place, k_full.index(slot), key_ring.index(slot))
             mbarrier.expect(v_full.index(slot), N * D * 2)
             tma.async_copy_global_to_shared(value_source, place, v_full.index(slot), value_ring.index(slot))
             step += 1
+        item = gl.num_programs(0) * TEAMS + gl.atomic_add(counter_ptr, 1)
+    slot, phase = ring_place(work, Q_STAGES)
+    mbarrier.wait(q_empty.index(slot), phase ^ 1)
+    put_item(facts, slot, -1, 0, 0, 0, 0)
+    mbarrier.arrive(q_full.index(slot))
 
 
 @gluon.jit
@@ -118,12 +135,11 @@ def _softmax(
 
 @gluon.jit
 def _consumer(  # noqa: PLR0915 (compiled code)
-    TEAM: gl.constexpr, HALF: gl.constexpr, TEAMS: gl.constexpr, lists, output_ptr, lse_ptr, output_strides,
-    memory, items, row_tiles, heads, query_length, key_length, scale_log2,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MASK_N: gl.constexpr,
+    HALF: gl.constexpr, output, out_ring, lse_ptr, memory, heads, query_length, scale_log2,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of rows ``64 * HALF`` to ``64 * HALF + 63`` of its team's query tiles."""
-    query_ring, key_ring, value_ring, q_full, q_empty, k_full, v_full, kv_empty = memory
+    query_ring, key_ring, value_ring, facts, q_full, q_empty, k_full, v_full, kv_empty = memory
     dtype: gl.constexpr = key_ring.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -135,19 +151,17 @@ def _consumer(  # noqa: PLR0915 (compiled code)
     )
     step = 0
     work = 0
-    for item in range(gl.program_id(0) * TEAMS + TEAM, items, gl.num_programs(0) * TEAMS):
-        count, list_ptr = read_list(item, lists, row_tiles, heads)
-        tiles, valid = _plan(count, list_ptr, key_length, MASK_N, N)
-        query_slot = work % Q_STAGES
+    mbarrier.wait(q_full.index(0), 0)
+    batch, head, row, tiles, valid = get_item(facts, 0)
+    while batch >= 0:
+        query_slot = ring_place(work, Q_STAGES)[0]
         query_tile = query_ring.index(query_slot * 2 + HALF).reshape([64, D])
-        mbarrier.wait(q_full.index(query_slot), (work // Q_STAGES) & 1)
-        work += 1  # noqa: SIM113 (compiled code)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         peak = gl.full([64], float("-inf"), gl.float32, S_ROWS)
         total = gl.zeros([64, 4], gl.float32, T_LAYOUT)
         if tiles > 0:
-            slot = step % STAGES
-            mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+            slot, phase = ring_place(step, STAGES)
+            mbarrier.wait(k_full.index(slot), phase)
             pending = _start_scores(query_tile, key_ring, slot, D, N, S_LAYOUT)
             scores = warpgroup_mma_wait(0, deps=[pending])  # [M, N]
             if valid < N:
@@ -157,13 +171,13 @@ def _consumer(  # noqa: PLR0915 (compiled code)
                 scores, peak, total, scale_log2, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT
             )
             for _ in range(tiles - 1):
-                value_slot = step % STAGES
-                mbarrier.wait(v_full.index(value_slot), (step // STAGES) & 1)
+                value_slot, phase = ring_place(step, STAGES)
+                mbarrier.wait(v_full.index(value_slot), phase)
                 value_tile = value_ring.index(value_slot).reshape([N, D])
                 pending_acc = warpgroup_mma(weights, value_tile, acc, is_async=True)
                 step += 1
-                slot = step % STAGES
-                mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+                slot, phase = ring_place(step, STAGES)
+                mbarrier.wait(k_full.index(slot), phase)
                 pending = _start_scores(query_tile, key_ring, slot, D, N, S_LAYOUT)
                 acc, scores = warpgroup_mma_wait(0, deps=[pending_acc, pending])
                 mbarrier.arrive(kv_empty.index(value_slot))
@@ -171,8 +185,8 @@ def _consumer(  # noqa: PLR0915 (compiled code)
                     scores, peak, total, scale_log2, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT
                 )
                 acc = acc * gl.convert_layout(rescale, O_ROWS)[:, None]
-            value_slot = step % STAGES
-            mbarrier.wait(v_full.index(value_slot), (step // STAGES) & 1)
+            value_slot, phase = ring_place(step, STAGES)
+            mbarrier.wait(v_full.index(value_slot), phase)
             value_tile = value_ring.index(value_slot).reshape([N, D])
             pending_acc = warpgroup_mma(weights, value_tile, acc, is_async=True)
             step += 1
@@ -180,8 +194,13 @@ def _consumer(  # noqa: PLR0915 (compiled code)
             mbarrier.arrive(kv_empty.index(value_slot))
         mbarrier.arrive(q_empty.index(query_slot))
         row_total = gl.convert_layout(gl.sum(total, 1), S_ROWS)
-        store_rows(acc, peak, row_total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads,
-               query_length, HALF, D, S_LAYOUT, O_LAYOUT)  # fmt: skip
+        store_rows(acc, peak, row_total, output, out_ring.index(HALF), lse_ptr, batch, head, row, heads,
+                   query_length, HALF, S_LAYOUT, O_LAYOUT)  # fmt: skip
+        work += 1
+        query_slot, phase = ring_place(work, Q_STAGES)
+        mbarrier.wait(q_full.index(query_slot), phase)
+        batch, head, row, tiles, valid = get_item(facts, query_slot)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -196,7 +215,8 @@ def _new_memory(
     value_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], value_source.layout)
     q_full, q_empty = new_barriers(Q_STAGES, 1), new_barriers(Q_STAGES, 2)
     k_full, v_full, kv_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    return query_ring, key_ring, value_ring, q_full, q_empty, k_full, v_full, kv_empty
+    facts = new_facts(Q_STAGES)
+    return query_ring, key_ring, value_ring, facts, q_full, q_empty, k_full, v_full, kv_empty
 
 
 # Lengths and strides of lists change with every size; specialising on them would recompile.
@@ -210,18 +230,16 @@ def block_sparse_fwd_kernel_sm90_64(
     query_source,
     key_source,
     value_source,
-    output_ptr,
+    output,
     lse_ptr,
     counts_ptr,
     indices_ptr,
+    counter_ptr,
     stride_cb,
     stride_ch,
     stride_ib,
     stride_ih,
     stride_ir,
-    stride_ob,
-    stride_oh,
-    stride_on,
     items,
     row_tiles,
     heads,
@@ -237,32 +255,33 @@ def block_sparse_fwd_kernel_sm90_64(
     C_REGISTERS: gl.constexpr,
     P_REGISTERS: gl.constexpr,
 ):
-    """Team t of program p computes work items ``2 * p + t``, ``2 * (p + num_programs) + t``, ...."""
+    """Team t of program p computes work item ``2 * p + t`` first, then whatever the counter gives."""
     sources = (query_source, key_source, value_source)
     lists = (counts_ptr, indices_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_ir)
-    strides = (stride_ob, stride_oh, stride_on)
     memory_0 = _new_memory(sources, D, N, STAGES, Q_STAGES)
     memory_1 = _new_memory(sources, D, N, STAGES, Q_STAGES)
+    out_ring_0 = gl.allocate_shared_memory(output.dtype, [2, 1, 1, 64, D], output.layout)
+    out_ring_1 = gl.allocate_shared_memory(output.dtype, [2, 1, 1, 64, D], output.layout)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consumer, (
-                0, 0, 2, lists, output_ptr, lse_ptr, strides, memory_0, items, row_tiles, heads,
-                query_length, key_length, scale_log2, D, N, STAGES, Q_STAGES, MASK_N)),
+                0, output, out_ring_0, lse_ptr, memory_0, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES)),
             (_consumer, (
-                0, 1, 2, lists, output_ptr, lse_ptr, strides, memory_0, items, row_tiles, heads,
-                query_length, key_length, scale_log2, D, N, STAGES, Q_STAGES, MASK_N)),
+                1, output, out_ring_0, lse_ptr, memory_0, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES)),
             (_consumer, (
-                1, 0, 2, lists, output_ptr, lse_ptr, strides, memory_1, items, row_tiles, heads,
-                query_length, key_length, scale_log2, D, N, STAGES, Q_STAGES, MASK_N)),
+                0, output, out_ring_1, lse_ptr, memory_1, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES)),
             (_consumer, (
-                1, 1, 2, lists, output_ptr, lse_ptr, strides, memory_1, items, row_tiles, heads,
-                query_length, key_length, scale_log2, D, N, STAGES, Q_STAGES, MASK_N)),
+                1, output, out_ring_1, lse_ptr, memory_1, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES)),
             (_producer, (
-                0, 2, sources, lists, memory_0, items, row_tiles, heads, group, key_length,
+                0, 2, sources, lists, memory_0, counter_ptr, items, row_tiles, heads, group, key_length,
                 D, N, STAGES, Q_STAGES, MASK_N)),
             (_producer, (
-                1, 2, sources, lists, memory_1, items, row_tiles, heads, group, key_length,
+                1, 2, sources, lists, memory_1, counter_ptr, items, row_tiles, heads, group, key_length,
                 D, N, STAGES, Q_STAGES, MASK_N)),
         ],
         [4, 4, 4, 1, 1],  # warps of the other consumers and of the producers

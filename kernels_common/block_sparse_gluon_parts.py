@@ -1,8 +1,13 @@
-"""Device functions that both Hopper kernels use."""
+"""Device functions that the Hopper kernels share.
+
+A producer warp hands out work items from a counter, since lists differ in length, and passes what consumers
+must know of an item through a ring in shared memory: between two items they read nothing from global memory
+and divide nothing. Their output leaves through shared memory and a TMA copy, which the next item hides.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from kernels_common.triton_launch import LN_2
 
@@ -40,13 +45,61 @@ def read_list(item, lists, row_tiles, heads):
 
 
 @gluon.jit
+def ring_place(step, STAGES: gl.constexpr):
+    """Slot and phase of use number ``step`` of a ring; STAGES is a power of two.
+
+    Masks and not remainders: those of a signed number are ten dependent instructions on the way to a wait.
+    """
+    gl.static_assert(STAGES & (STAGES - 1) == 0)
+    return step & (STAGES - 1), (step & STAGES) // STAGES
+
+
+@gluon.jit
+def put(ring, place, value):
+    """Write one number of a ring, by the producer's warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.index(place).store(gl.full([1], value, ring.dtype, layout))
+
+
+@gluon.jit
+def get(ring, place):
+    """Read one number of a ring, by a consumer."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.sum(ring.index(place).load(layout), 0)
+
+
+@gluon.jit
+def new_facts(SLOTS: gl.constexpr):
+    """A ring for what :func:`put_item` writes of an item."""
+    return gl.allocate_shared_memory(gl.int32, [SLOTS * 5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def put_item(facts, slot, batch, head, row, tiles, valid):
+    """Note an item: batch entry (-1 past the last), head, row tile, key tiles, valid keys of the first."""
+    put(facts, slot * 5, batch)
+    put(facts, slot * 5 + 1, head)
+    put(facts, slot * 5 + 2, row)
+    put(facts, slot * 5 + 3, tiles)
+    put(facts, slot * 5 + 4, valid)
+
+
+@gluon.jit
+def get_item(facts, slot):
+    """What :func:`put_item` wrote."""
+    batch, head, row = get(facts, slot * 5), get(facts, slot * 5 + 1), get(facts, slot * 5 + 2)
+    return batch, head, row, get(facts, slot * 5 + 3), get(facts, slot * 5 + 4)
+
+
+@gluon.jit
 def store_rows(
-    acc, peak, total, output_ptr, lse_ptr, output_strides, item, row_tiles, heads, query_length,
-    HALF: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+    acc, peak, total, output, box, lse_ptr, batch, head, row, heads, query_length, HALF: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Normalise 64 rows and write their output and log-sum-exp."""
-    stride_ob, stride_oh, stride_on = output_strides
-    batch, head, row = locate(item, row_tiles, heads)
+    """Normalise 64 rows, start the copy of the output from ``box`` and write the log-sum-exp.
+
+    Rows past the last query are not copied. Wait for the copy before leaving the kernel.
+    """
     s_rows: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     o_rows: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     empty = total == 0.0
@@ -55,14 +108,19 @@ def store_rows(
     acc = acc * gl.convert_layout(1.0 / safe_total, o_rows)[:, None]
     acc = gl.where(gl.convert_layout(total, o_rows)[:, None] == 0.0, 0.0, acc)
     first = row * 128 + HALF * 64
-    rows = first + gl.arange(0, 64, o_rows)
-    columns = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-    base = output_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-    offsets = rows.to(gl.int64)[:, None] * stride_on + columns[None, :]
-    gl.store(base + offsets, acc.to(output_ptr.dtype.element_ty), mask=(rows < query_length)[:, None])
+    copy_out(acc, output, box, [batch, head, first, 0])
     lse_rows = first + gl.arange(0, 64, s_rows)
-    lse_base = lse_ptr + (item // row_tiles).to(gl.int64) * query_length
+    lse_base = lse_ptr + (batch * heads + head).to(gl.int64) * query_length
     gl.store(lse_base + lse_rows, lse, mask=lse_rows < query_length)
+
+
+@gluon.jit
+def copy_out(acc, output, box, place):
+    """Start the copy of a tile of the output by way of ``box``, once the last copy has left that."""
+    tma.store_wait(0)
+    box.reshape(acc.shape).store(acc.to(output.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(output, place, box)
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from kernels_common.triton_launch import LOG2_E, list_strides
 
 BLOCK_SIZES = ((128, 128), (128, 64))
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16)
-STAGES = {64: 5, 128: 4}  # key and value tiles in flight, by head dimension
+STAGES = {64: 8, 128: 4}  # key and value tiles in flight, by head dimension; powers of two
 
 
 def interleave_tokens(value_fp8: torch.Tensor) -> torch.Tensor:
@@ -71,10 +71,11 @@ def _check_operands(
         )
 
 
-def _source(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
+def _boxes(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
     """Boxes of 64 rows of one head."""
     tensor = tensor.contiguous()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=columns, element_bitwidth=8, rank=4)
+    row_bytes, bits = columns * tensor.element_size(), 8 * tensor.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=row_bytes, element_bitwidth=bits, rank=4)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, 64, columns], layout)
 
 
@@ -132,8 +133,8 @@ def block_sparse_attention_quantized_gluon(
     with torch.cuda.device_of(query):
         counter = torch.zeros(1, dtype=torch.int32, device=query.device)
         quantized_fwd_kernel_sm90[(programs,)](
-            _source(query, head_dim), _source(key, head_dim), _source(value, 64),
-            *(part.contiguous() for part in scales), output, lse, counts, indices, counter,
+            _boxes(query, head_dim), _boxes(key, head_dim), _boxes(value, 64),
+            *(part.contiguous() for part in scales), _boxes(output, 64), lse, counts, indices, counter,
             *list_strides(counts)[:2], *list_strides(indices)[:3],
             items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
             D=head_dim, STAGES=STAGES[head_dim], MASK_N=block_size[1], num_warps=4,

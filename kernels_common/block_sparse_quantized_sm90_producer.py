@@ -8,17 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels_common.block_sparse_gluon_parts import locate
+from kernels_common.block_sparse_gluon_parts import locate, put, put_item, ring_place
 
 # Up to Triton 3.6 it is called thread_barrier.
 _warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.jit
-def put(ring, place, value):
-    """Write one number of a ring, by the producer's warp."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    ring.index(place).store(gl.full([1], value, ring.dtype, layout))
 
 
 @gluon.jit
@@ -35,18 +28,12 @@ def _groups(list_ptr, tile, count, MASK_N: gl.constexpr):
 
 @gluon.jit
 def _announce(
-    notes, query_scale_ptr, value_scale_ptr, slot, head, tiles, valid, start, row, groups, D: gl.constexpr
-):
-    """What consumers must know of an item.
-
-    Its head among those of all batch entries, tiles, valid keys of the tile walked first and row tile; the
-    scales of its value channels and of both consumers' rows.
-    """
+    notes, query_scale_ptr, value_scale_ptr, slot, batch, head, row, tiles, valid, start, groups,
+    D: gl.constexpr,
+):  # fmt: skip
+    """What consumers must know of an item, the scales of its value channels and both consumers' rows too."""
     query_scales, _, value_scales, facts, _ = notes
-    put(facts, slot * 4, head)
-    put(facts, slot * 4 + 1, tiles)
-    put(facts, slot * 4 + 2, valid)
-    put(facts, slot * 4 + 3, row)
+    put_item(facts, slot, batch, head, row, tiles, valid)
     columns = gl.arange(0, 64, gl.BlockedLayout([1], [32], [1], [0]))
     for part in gl.static_range(D // 64):
         scales = gl.load(value_scale_ptr + part * 64 + columns)
@@ -62,15 +49,22 @@ def _load_tile(
     sources, rings, notes, barriers, step, batch, kv_head, first, second, scale_a, scale_b,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one key and value tile as soon as both consumers have left its slots."""
+    """Start the copies of one key and value tile as soon as both consumers have left its slots.
+
+    At head dimension 64 they leave a slot with the end of their turn at the tile after it.
+    """
     _, key_source, value_source = sources
     _, key_ring, value_ring = rings
     _, key_scales, _, _, _ = notes
-    _, _, k_full, k_empty, v_full, v_empty, _ = barriers
-    slot = step % STAGES
-    phase = ((step // STAGES) & 1) ^ 1
+    _, _, k_full, k_empty, v_full, v_empty, turns = barriers
+    slot, phase = ring_place(step, STAGES)
     full = k_full.index(slot)
-    mbarrier.wait(k_empty.index(slot), phase)
+    if D == 64:
+        last, last_phase = ring_place(step - (STAGES - 1), STAGES)  # of the tile after the slot's last one
+        mbarrier.wait(turns.index(last), last_phase)
+        mbarrier.wait(turns.index(STAGES + last), last_phase)
+    else:
+        mbarrier.wait(k_empty.index(slot), phase ^ 1)
     put(key_scales, slot * 2, scale_a)
     put(key_scales, slot * 2 + 1, scale_b)
     mbarrier.expect(full, 128 * D)
@@ -79,7 +73,8 @@ def _load_tile(
     tma.async_copy_global_to_shared(key_source, place_a, full, key_ring.index(slot * 2))
     tma.async_copy_global_to_shared(key_source, place_b, full, key_ring.index(slot * 2 + 1))
     full = v_full.index(slot)
-    mbarrier.wait(v_empty.index(slot), phase)
+    if D == 128:
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
     mbarrier.expect(full, 128 * D)
     for part in gl.static_range(D // 64):  # boxes of 64 channels and 64 keys
         box = slot * (D // 32) + part * 2
@@ -90,7 +85,7 @@ def _load_tile(
 
 
 @gluon.jit
-def produce(  # noqa: PLR0915 (compiled code)
+def produce(
     sources, scales, lists, rings, notes, barriers, counter_ptr, items, row_tiles, heads, group,
     query_length, key_length, D: gl.constexpr, STAGES: gl.constexpr, MASK_N: gl.constexpr,
 ):  # fmt: skip
@@ -119,11 +114,11 @@ def produce(  # noqa: PLR0915 (compiled code)
         if MASK_N == 64:  # the last block of an odd list is alone in its tile
             valid = gl.minimum(valid, 64)
             valid += gl.where(count % 2 == 0, gl.minimum(key_length - second * 64, 64), 0)
-        slot = work % 2
-        mbarrier.wait(q_empty.index(slot), ((work // 2) & 1) ^ 1)
+        slot, phase = ring_place(work, 2)
+        mbarrier.wait(q_empty.index(slot), phase ^ 1)
         start = (batch * heads + head) * query_groups
         head_values = value_scale_ptr + (batch * (heads // group) + kv_head) * D
-        _announce(notes, query_scale_ptr, head_values, slot, batch * heads + head, tiles, valid, start, row,
+        _announce(notes, query_scale_ptr, head_values, slot, batch, head, row, tiles, valid, start,
                   query_groups, D)  # fmt: skip
         mbarrier.expect(q_full.index(slot), 128 * D)
         for half in gl.static_range(2):
@@ -149,8 +144,7 @@ def produce(  # noqa: PLR0915 (compiled code)
             scale_a, scale_b = next_scale_a, next_scale_b
             next_first, next_second = later_first, later_second
         item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    slot = work % 2
-    mbarrier.wait(q_empty.index(slot), ((work // 2) & 1) ^ 1)
-    put(facts, slot * 4, -1)  # no more work
-    put(facts, slot * 4 + 1, 0)
+    slot, phase = ring_place(work, 2)
+    mbarrier.wait(q_empty.index(slot), phase ^ 1)
+    put_item(facts, slot, -1, 0, 0, 0, 0)
     mbarrier.arrive(q_full.index(slot))

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from kernels_common.block_sparse_gluon_parts import exp2
+from kernels_common.block_sparse_gluon_parts import exp2, get
 
 WEIGHT_LOG2 = gl.constexpr(8.807354922057604)  # log2(448)
 
@@ -51,13 +51,6 @@ def _e4m3(x):
         is_pure=True,
         pack=4,
     )
-
-
-@gluon.jit
-def get(ring, place):
-    """Read one number of a ring, by a consumer."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.sum(ring.index(place).load(layout), 0)
 
 
 @gluon.jit

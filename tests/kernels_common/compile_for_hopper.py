@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels_common import block_sparse_gluon, block_sparse_gluon_64
+from kernels_common import block_sparse_gluon_64, block_sparse_gluon_128
 from kernels_common.block_sparse_quantized_gluon import STAGES
 from kernels_common.block_sparse_quantized_sm90 import quantized_fwd_kernel_sm90
 
@@ -20,18 +20,15 @@ def source(dtype, box, swizzle, bits):
 
 def build(kernel, constants, types):
     names = kernel.arg_names
-    types = {"scale_log2": "fp32", "output_ptr": "*bf16", "lse_ptr": "*fp32"} | types
+    types = {"scale_log2": "fp32", "lse_ptr": "*fp32"} | types
     signature = {
         name: "constexpr"
         if name in constants
         else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
         for name in names
     }
-    aligned = ("stride_ob", "stride_oh", "stride_on")
     attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if name.endswith("_ptr") or name in aligned
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")
     }
     compiled = triton.compile(
         GluonASTSource(kernel, signature, constants, attributes),
@@ -43,14 +40,14 @@ def build(kernel, constants, types):
 
 
 def sixteen_bits(head_dim, tile):
-    types = {"query_source": source("bf16", (64, head_dim), 128, 16)}
+    types = dict.fromkeys(("query_source", "output"), source("bf16", (64, head_dim), 128, 16))
     return types | dict.fromkeys(("key_source", "value_source"), source("bf16", (tile, head_dim), 128, 16))
 
 
-wide = block_sparse_gluon
+wide = block_sparse_gluon_128
 build(
     wide.block_sparse_fwd_kernel_sm90,
-    {"D": 128, "N": 128, "MASK_N": 128, "STAGES": wide.KEY_STAGES, "Q_STAGES": wide.QUERY_STAGES},
+    {"D": 128, "N": 128, "MASK_N": 128, "STAGES": wide.STAGES, "Q_STAGES": wide.QUERY_STAGES},
     sixteen_bits(128, 128),
 )
 narrow = block_sparse_gluon_64
@@ -74,6 +71,7 @@ for head_dim, stages in STAGES.items():
         {
             **dict.fromkeys(("query_source", "key_source"), source("i8", (64, head_dim), head_dim, 8)),
             "value_source": source("fp8e4nv", (64, 64), 64, 8),
+            "output": source("bf16", (64, 64), 128, 16),
             **dict.fromkeys(("query_scale_ptr", "key_scale_ptr", "value_scale_ptr"), "*fp32"),
         },
     )

@@ -117,8 +117,8 @@ def test_memory_order_of_query_is_kept(make_call):
 @needs_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_one_program_serves_all_lengths(make_call, head_dim):
-    from kernels_common.block_sparse_gluon import block_sparse_fwd_kernel_sm90
     from kernels_common.block_sparse_gluon_64 import block_sparse_fwd_kernel_sm90_64
+    from kernels_common.block_sparse_gluon_128 import block_sparse_fwd_kernel_sm90
 
     kernel = block_sparse_fwd_kernel_sm90_64 if head_dim == 64 else block_sparse_fwd_kernel_sm90
     _check(*make_call(300, 500, head_dim=head_dim))
