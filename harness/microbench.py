@@ -80,17 +80,17 @@ def _dense_operator_s(entries: list[dict[str, Any]]) -> float | None:
 def _prediction_table(shape: str, entries: list[dict[str, Any]], dense: float | None) -> str:
     """Predictions alone, each once, beside one dense call of so many seconds.
 
-    An entry that says so was timed together with a dense call, which is subtracted.
+    ``with_dense`` of an entry says how many dense calls were timed with each prediction; they are subtracted.
     """
     lines = [("prediction", "median", "share of a dense call"), ("---", "---:", "---:")]
     times = []
     for entry in entries:
         name = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
         seconds = _median_s(entry)
-        if entry["extra_info"].get("with_dense"):
+        if with_dense := entry["extra_info"].get("with_dense"):
             if dense is None:
                 raise BenchError(f"{name} was timed with dense calls: run test_dense into the same file")
-            seconds -= dense
+            seconds -= with_dense * dense
         times.append((seconds, name))
     for seconds, name in sorted(times):
         lines.append((name, f"{seconds * 1e3:.3f} ms", f"{seconds / dense:.1%}" if dense else "-"))
@@ -124,8 +124,8 @@ def _label(entry: dict[str, Any]) -> str:
 def _provenance(run: dict[str, Any], facts: dict[str, Any], of_strategies: bool) -> str:
     commit = facts.get("commit") or run.get("commit_info", {}).get("id", "unknown")
     in_a_row = "steps of one layer in a row" if of_strategies else "calls in a row"
-    if facts.get("with_dense"):
-        in_a_row = "layers in a row, a prediction and a dense call each, less the dense calls,"
+    if with_dense := facts.get("with_dense"):
+        in_a_row += f" with {round(with_dense * facts['calls'])} of dense attention, subtracted,"
     calls = f"{facts['calls']} {in_a_row}" if facts.get("calls", 1) > 1 else "One call each"
     versions = f"python {run['machine_info']['python_version']}, torch {facts['torch']}"
     where = f"Measured on {facts['device']}, {versions}, {run['datetime'][:10]}, commit {commit}. {calls} "
