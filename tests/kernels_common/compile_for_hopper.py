@@ -39,17 +39,18 @@ def build(kernel, constants, types):
     print(kernel.__name__, constants, flush=True)
 
 
-def sixteen_bits(head_dim, tile):
+def sixteen_bits(head_dim, box):
     types = dict.fromkeys(("query_source", "output"), source("bf16", (64, head_dim), 128, 16))
-    return types | dict.fromkeys(("key_source", "value_source"), source("bf16", (tile, head_dim), 128, 16))
+    return types | dict.fromkeys(("key_source", "value_source"), source("bf16", box, 128, 16))
 
 
 wide = block_sparse_gluon_128
-build(
-    wide.block_sparse_fwd_kernel_sm90,
-    {"D": 128, "N": 128, "MASK_N": 128, "STAGES": wide.STAGES, "Q_STAGES": wide.QUERY_STAGES},
-    sixteen_bits(128, 128),
-)
+for mask_n, box in ((128, (128, 128)), (64, (64, 64))):
+    build(
+        wide.block_sparse_fwd_kernel_sm90,
+        {"D": 128, "N": 128, "MASK_N": mask_n, "STAGES": wide.STAGES, "Q_STAGES": wide.QUERY_STAGES},
+        sixteen_bits(128, box),
+    )
 narrow = block_sparse_gluon_64
 build(
     narrow.block_sparse_fwd_kernel_sm90_64,
@@ -62,7 +63,7 @@ build(
         "C_REGISTERS": narrow.CONSUMER_REGISTERS,
         "P_REGISTERS": narrow.PRODUCER_REGISTERS,
     },
-    sixteen_bits(64, narrow.TILE_N),
+    sixteen_bits(64, (narrow.TILE_N, 64)),
 )
 for head_dim, stages in STAGES.items():
     build(
