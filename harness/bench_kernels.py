@@ -35,7 +35,7 @@ from harness.kernel_operators import (
     all_operators,
 )
 from harness.kernel_tables import Row, tables
-from harness.run_folder import check_writable, utc_now
+from harness.run_folder import check_writable, utc_now, write_text
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
 BACKWARD_SPARSITY = 0.75
@@ -76,9 +76,9 @@ class Plan:
 def measure_shape(name: str, plan: Plan) -> list[Row]:
     """All rows of one shape, with their ratios to the fastest exact dense kernel."""
     rows = []
-    for operator, case, pattern in _calls(name, plan):
+    for operator, case, pattern, block_size in _calls(name, plan):
         row = measure(operator, case, plan)
-        row |= {"shape": name, "block_size": case.block_size, "pattern": pattern}
+        row |= {"shape": name, "block_size": block_size, "pattern": pattern}
         rows.append(row)
         print(_progress(row), flush=True)
     for row in rows:
@@ -88,15 +88,20 @@ def measure_shape(name: str, plan: Plan) -> list[Row]:
     return rows
 
 
-def _calls(name: str, plan: Plan) -> Iterator[tuple[Operator, Case, float | str | None]]:
-    """Operators with their cases; the pattern is None for those without a mask."""
+def _calls(
+    name: str, plan: Plan
+) -> Iterator[tuple[Operator, Case, float | str | None, tuple[int, int] | None]]:
+    """Operators with their cases, patterns and mask blocks, None for those without a mask.
+
+    After the deadline no more blocks are drawn: the case is the dense one, and nothing will run.
+    """
     dense = make_tensors(SHAPES[name], plan.dtype, plan.device)
-    yield from ((operator, dense, None) for operator in plan.operators if not operator.is_masked)
+    yield from ((operator, dense, None, None) for operator in plan.operators if not operator.is_masked)
     for block_size, pattern in product(plan.blocks, plan.patterns):
         operators = [o for o in plan.operators if o.is_masked and _takes(o, pattern)]
-        if operators and time.monotonic() < plan.deadline:
-            case = with_blocks(dense, block_size, pattern, empty_row=False)
-            yield from ((operator, case, pattern) for operator in operators)
+        in_time = operators and time.monotonic() < plan.deadline
+        case = with_blocks(dense, block_size, pattern, empty_row=False) if in_time else dense
+        yield from ((operator, case, pattern, block_size) for operator in operators)
 
 
 def _takes(operator: Operator, pattern: float | str) -> bool:
@@ -180,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(arguments: list[str], command: str) -> int:
     options = parse_options(_parser(), arguments)
     plan = make_plan(options)
+    if options.minutes <= 0:
+        raise BenchError(f"--minutes must be above 0, got {options.minutes:g}")
+    if options.output and options.output == options.markdown:
+        raise BenchError(f"--output and --markdown are one file: {options.output}")
     check_writable(options.output, options.markdown)
     if plan.device.type == "cpu":
         print("note: on a CPU these times show that everything runs, and say nothing about a GPU")
@@ -187,9 +196,9 @@ def _bench(arguments: list[str], command: str) -> int:
     text = tables(run)
     print("\n" + text)
     if options.output:
-        options.output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps(run, indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
+        write_text(options.markdown, text)
     return FAILED if any(row["status"] == WRONG and row["is_default"] for row in run["rows"]) else DONE
 
 
@@ -207,10 +216,10 @@ def make_plan(options: Namespace) -> Plan:
     names = _names(options.backends, usual, [o.name for o in operators], "--backends")
     sparsities: tuple[float, ...] = (BACKWARD_SPARSITY,) if options.quick else SPARSITIES
     if options.sparsity:
-        sparsities = tuple(_number(text) for text in options.sparsity.split(","))
+        sparsities = tuple(dict.fromkeys(_number(text) for text in options.sparsity.split(",")))
     blocks: tuple[tuple[int, int], ...] = BLOCKS[-1:] if options.quick else BLOCKS
     if options.blocks:
-        blocks = tuple(_block_size(text) for text in options.blocks.split(","))
+        blocks = tuple(dict.fromkeys(_block_size(text) for text in options.blocks.split(",")))
     return Plan(
         tuple(shapes),
         (*sparsities, POOLED_PATTERN),
@@ -223,8 +232,8 @@ def make_plan(options: Namespace) -> Plan:
 
 
 def _names(text: str | None, default: list[str], known: list[str], option: str) -> list[str]:
-    chosen = default if text is None else text.split(",")
-    unknown = sorted(set(chosen) - set(known))
+    chosen = default if text is None else list(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [f"'{name}'" for name in sorted(set(chosen) - set(known))]
     if unknown:
         raise BenchError(f"{option}: {', '.join(unknown)} is not among {', '.join(dict.fromkeys(known))}")
     return chosen
@@ -242,9 +251,10 @@ def _number(text: str) -> float:
 
 def _block_size(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit()) or int(rows) % 16 or int(columns) % 16:
+    sides = [int(side) if side.isdigit() else 0 for side in (rows, columns)]
+    if any(side == 0 or side % 16 for side in sides):
         raise BenchError(f"--blocks takes sizes such as 128x64, multiples of 16, got '{text}'")
-    return int(rows), int(columns)
+    return sides[0], sides[1]
 
 
 def _parser() -> ArgumentParser:

@@ -24,7 +24,7 @@ from harness.environment import provenance
 from harness.generate import denoise
 from harness.jobs import parse_spec
 from harness.model_options import ModelOptions, add_model_options, read_model_options
-from harness.run_folder import check_writable, utc_now
+from harness.run_folder import check_writable, utc_now, write_text
 from harness.tuning import ProbeStrategy, sampled_steps
 
 SEED = 0
@@ -156,9 +156,9 @@ def _call_errors(arguments: list[str], command: str) -> None:
     text = table(run)
     print(text, end="")
     if config.output:
-        config.output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_text(config.output, json.dumps(run, indent=1) + "\n")
     if config.markdown:
-        config.markdown.write_text(text, encoding="utf-8")
+        write_text(config.markdown, text)
 
 
 if __name__ == "__main__":

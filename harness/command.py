@@ -1,6 +1,7 @@
 """What every ``python -m harness.X`` does alike: options, errors in one line, Ctrl-C, exit codes."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -31,17 +32,23 @@ def run_command(
         stopped (str): what to say after Ctrl-C about what is there. Default: "nothing was written"
 
     Returns:
-        int: the exit code: of ``work``, 2 for bad input or no way to go on, 130 after Ctrl-C.
+        int: the exit code: of ``work``, 2 for bad input or no way to go on, 130 after Ctrl-C, 1 where nobody
+        reads the output any more.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return work(arguments, shlex.join(["python", "-m", module, *arguments])) or DONE
+        code = work(arguments, shlex.join(["python", "-m", module, *arguments])) or DONE
+        sys.stdout.flush()
+        return code
     except (BenchError, SparseAttnError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `| head`; what is left in the buffer must go somewhere when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

@@ -28,7 +28,7 @@ from harness.jobs import StrategySpec, parse_spec
 from harness.metrics import psnr_db
 from harness.model_options import ModelOptions, add_model_options
 from harness.models import LoadedModel
-from harness.run_folder import check_writable, locked, utc_now
+from harness.run_folder import check_writable, locked, utc_now, write_text
 from harness.video import write_mp4
 
 HELD_OUT_SEED, TRAINING_SEED = 0, 1000
@@ -162,7 +162,7 @@ def _run(config: DistillConfig, command: str) -> dict[str, Any]:
         "total_s": round(time.perf_counter() - started, 1),
         "date": utc_now(),
     }
-    (config.output / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(config.output / "distill.json", json.dumps(record, indent=2) + "\n")
     _draw_curve(errors, config.output / "curve.png")
     columns = zip(dense.frames, before.frames, after.frames, strict=True)
     clips = [np.concatenate(videos, axis=2) for videos in columns]

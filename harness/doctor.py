@@ -2,7 +2,9 @@
 
 Each backend gets small random tensors of a ragged length, with an empty row where it takes a block mask, and
 is compared with attention by its definition. On a GPU the checks run in a process of their own, so that a
-kernel that hangs or crashes is a line of the report.
+kernel that hangs or crashes is a line of the report. Of what is unavailable for one reason only the first is
+printed. Times are of these small tensors and mostly launches: they say that a kernel runs, not how fast it is
+(python -m harness.bench_kernels does).
 
 Exit codes: 0 every default backend is right or unavailable, 1 one is wrong or any kernel hangs or crashes its
 process, 2 bad input, 130 stopped with Ctrl-C.
@@ -27,7 +29,7 @@ from harness.kernel_cases import POOLED as POOLED_PATTERN
 from harness.kernel_cases import Case, Shape, make_tensors, with_blocks
 from harness.kernel_checks import RIGHT, UNAVAILABLE, WRONG, judge, median_seconds
 from harness.kernel_operators import POOLED, Operator, all_operators
-from harness.run_folder import check_writable
+from harness.run_folder import check_writable, write_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))
@@ -94,9 +96,9 @@ def make_checks(quick: bool, names: str | None = None) -> list[Check]:
         BenchError: there is no operator of such a name.
     """
     known = dict.fromkeys(operator.name for operator in all_operators())
-    chosen = known if names is None else dict.fromkeys(names.split(","))
-    if unknown := chosen.keys() - known.keys():
-        raise BenchError(f"--backends: {', '.join(sorted(unknown))} is not among {', '.join(known)}")
+    chosen = known if names is None else dict.fromkeys(name.strip() for name in names.split(","))
+    if unknown := [f"'{name}'" for name in sorted(chosen.keys() - known.keys())]:
+        raise BenchError(f"--backends: {', '.join(unknown)} is not among {', '.join(known)}")
     dtypes = ("bf16",) if quick else tuple(DTYPES)
     head_dims = (64,) if quick else (64, 128)
     blocks = (BLOCKS[-1],) if quick else BLOCKS
@@ -186,6 +188,8 @@ def _examine_machine(arguments: list[str], command: str) -> int:
     options = parse_options(parser, arguments)
     devices = [resolve_device(options.device)] if options.device else _all_devices()
     checks = make_checks(options.quick, options.backends)
+    if options.timeout <= 0:
+        raise BenchError(f"--timeout must be above 0, got {options.timeout:g}")
     check_writable(options.json)
     record: dict[str, Any] = {"versions": package_versions(), "devices": {}}
     broken = []
@@ -199,7 +203,7 @@ def _examine_machine(arguments: list[str], command: str) -> int:
         broken += [finding for finding in findings if finding.status == WRONG and finding.is_default]
         print(_summary(findings))
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(record, indent=1) + "\n")
     return FAILED if broken else DONE
 
 
@@ -211,9 +215,10 @@ def _summary(findings: Sequence[Finding]) -> str:
     counts = {status: sum(f.status == status for f in findings) for status in (RIGHT, WRONG, UNAVAILABLE)}
     broken = sum(f.status == WRONG and f.is_default for f in findings)
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{text}; " + (
-        f"{broken} default backend checks are WRONG" if broken else "every default is right"
-    )
+    if broken:
+        return f"{text}; {broken} default backend checks are WRONG"
+    checked = any(f.is_default for f in findings)
+    return f"{text}; " + ("every default is right" if checked else "no default was among them")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        run["rows"], run["shapes"], run["device"]
+        if not (run["rows"] and run["shapes"] and run["device"]):
+            raise ValueError("nothing was measured")
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -138,12 +139,23 @@ def _error(row: Row) -> str:
 
 
 def _absences(rows: Sequence[Row]) -> list[str]:
-    reasons = {
-        f"- {row['family']} `{row['operator']}`: {row['status']}, {row['reason']}": None
-        for row in rows
-        if row["status"] != "right"
-    }
-    return ["Not in the tables, or wrong:\n\n" + "\n".join(reasons)] if reasons else []
+    """One line per reason; of what was skipped also where, since its operator may stand in the tables."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["status"] == "skipped":
+            line = f"- {row['shape']}: skipped, {row['reason']}"
+            reasons.setdefault(line, {})[_place(row)] = None
+        elif row["status"] != "right":
+            reasons[f"- {row['family']} `{row['operator']}`: {row['status']}, {row['reason']}"] = {}
+    lines = [f"{line}: {', '.join(places)}" if places else line for line, places in reasons.items()]
+    return ["Not in the tables, or wrong:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _place(row: Row) -> str:
+    if row["block_size"] is None:
+        return f"{row['family']} `{row['operator']}`"
+    pattern = row["pattern"] if isinstance(row["pattern"], str) else f"{row['pattern']:g}"
+    return f"{row['family']} `{row['operator']}` {_block(row)} at {pattern}"
 
 
 def _provenance(run: dict[str, Any]) -> str:
@@ -153,9 +165,9 @@ def _provenance(run: dict[str, Any]) -> str:
         f"{run['commit'] or 'unknown'}{' with uncommitted changes' if run['dirty'] else ''}; "
         f"`{run['command']}`. Medians of one process, random inputs, random blocks of equal number per row. "
         "TFLOP/s count the executed pairs (4 operations per pair and head dimension, gradients 10). Cells of "
-        "a sparsity: median, TFLOP/s, ratio to the fastest exact dense kernel (gradients: to the fastest "
-        "dense gradients). 8-bit times include quantisation. Every result was first compared with attention "
-        "by its definition in one head; the error is relative."
+        "a sparsity: median, TFLOP/s, ratio to the fastest exact dense kernel of this run (gradients: to the "
+        "fastest dense gradients). 8-bit times include quantisation. Every result was first compared with "
+        "attention by its definition in one head; the error is relative."
     )
 
 
@@ -167,7 +179,12 @@ def main(argv: list[str] | None = None) -> int:
 def _print_tables(arguments: list[str], command: str) -> None:
     parser = make_parser("harness.kernel_tables", __doc__)
     parser.add_argument("file", type=Path, help="what python -m harness.bench_kernels --output wrote")
-    print(tables(read_benchmark(parse_options(parser, arguments).file)), end="")
+    path = parse_options(parser, arguments).file
+    run = read_benchmark(path)
+    try:
+        print(tables(run), end="")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BenchError(f"{path} is not a file of python -m harness.bench_kernels --output") from None
 
 
 if __name__ == "__main__":

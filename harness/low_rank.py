@@ -27,7 +27,7 @@ from harness.errors import BenchError
 from harness.kernel_cases import Case, Shape, make_tensors, with_blocks
 from harness.kernel_checks import median_seconds
 from harness.kernel_operators import FORWARD
-from harness.run_folder import check_writable, utc_now
+from harness.run_folder import check_writable, utc_now, write_text
 from kernels_common.block_sparse_attention import block_sparse_attention
 from kernels_common.block_sparse_backends import resolve_backend
 from kernels_common.score_projection import (
@@ -259,7 +259,7 @@ def _low_rank(arguments: list[str], command: str) -> int:
         "rows": measure(shape, ranks, device),
     }
     if options.output:
-        options.output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps(run, indent=1) + "\n")
     print(table(run), end="")
     return FAILED if any(row["status"] == "wrong" for row in run["rows"]) else DONE
 

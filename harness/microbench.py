@@ -44,7 +44,7 @@ def tables(run: dict[str, Any]) -> str:
         raise BenchError("this file has no strategies: run tests/benchmark/test_strategies.py")
     parts = [_table(*group, entries) for group, entries in strategies.items()]
     for shape, entries in predictions.items():
-        dense = _dense_s(groups["strategies", shape]) or _dense_operator_s(groups[DENSE_OPERATOR, shape])
+        dense = _dense(groups["strategies", shape]) or _dense_operator(groups[DENSE_OPERATOR, shape])
         parts.append(_prediction_table(shape, entries, dense))
     described = next(iter((strategies or predictions).values()))
     return "\n\n".join([*parts, _provenance(run, described[0]["extra_info"], bool(strategies))])
@@ -52,7 +52,7 @@ def tables(run: dict[str, Any]) -> str:
 
 def _table(kind: str, shape: str, entries: list[dict[str, Any]]) -> str:
     title = _title(shape, entries[0]["extra_info"]) + KINDS[kind]
-    dense = _dense_s(entries)
+    dense = _dense(entries)
     compared = any("relative_l1" in entry["extra_info"] for entry in entries)
     names = [*COLUMNS, LIKENESS] if compared else [*COLUMNS]
     rule = ["---", "---:", "---", *["---:"] * (len(names) - 3)]
@@ -69,38 +69,42 @@ def _title(shape: str, facts: dict[str, Any]) -> str:
     )
 
 
-def _dense_s(entries: list[dict[str, Any]]) -> float | None:
-    return next((_median_s(entry) for entry in entries if _label(entry) == "dense"), None)
+def _dense(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((entry for entry in entries if _label(entry) == "dense"), None)
 
 
-def _dense_operator_s(entries: list[dict[str, Any]]) -> float | None:
-    return next((_median_s(entry) for entry in entries if entry["name"].startswith("test_dense[")), None)
+def _dense_operator(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((entry for entry in entries if entry["name"].startswith("test_dense[")), None)
 
 
-def _prediction_table(shape: str, entries: list[dict[str, Any]], dense: float | None) -> str:
-    """Predictions alone, each once, beside one dense call of so many seconds.
+def _prediction_table(shape: str, entries: list[dict[str, Any]], dense: dict[str, Any] | None) -> str:
+    """Predictions alone, each once, beside the entry of a dense call.
 
     ``with_dense`` of an entry says how many dense calls were timed with each prediction; they are subtracted.
     """
-    lines = [("prediction", "median", "share of a dense call"), ("---", "---:", "---:")]
+    lines = [("prediction", "median", "quartiles", "share of a dense call"), ("---", "---:", "---:", "---:")]
     times = []
     for entry in entries:
         name = entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
-        seconds = _median_s(entry)
+        low, middle, high = _quartiles_s(entry)
         if with_dense := entry["extra_info"].get("with_dense"):
             if dense is None:
                 raise BenchError(f"{name} was timed with dense calls: run test_dense into the same file")
-            seconds -= with_dense * dense
-        times.append((seconds, name))
-    for seconds, name in sorted(times):
-        lines.append((name, f"{seconds * 1e3:.3f} ms", f"{seconds / dense:.1%}" if dense else "-"))
+            shortest, usual, longest = _quartiles_s(dense)
+            low, middle, high = (
+                low - with_dense * longest, middle - with_dense * usual, high - with_dense * shortest
+            )  # fmt: skip
+        times.append((middle, low, high, name))
+    for middle, low, high, name in sorted(times):
+        share = f"{middle / _median_s(dense):.1%}" if dense else "-"
+        lines.append((name, f"{middle * 1e3:.2f} ms", f"{low * 1e3:.2f} to {high * 1e3:.2f}", share))
     title = _title(shape, entries[0]["extra_info"]) + ", what strategies do before their kernel"
     return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def _cells(entry: dict[str, Any], dense_s: float | None) -> list[str]:
+def _cells(entry: dict[str, Any], dense: dict[str, Any] | None) -> list[str]:
     facts, median_s = entry["extra_info"], _median_s(entry)
-    ratio = f"{dense_s / median_s:.2f}x" if dense_s else "-"
+    ratio = f"{_median_s(dense) / median_s:.2f}x" if dense else "-"
     return [
         f"`{_label(entry)}`",
         f"{facts['density']:.3f}",
@@ -114,7 +118,13 @@ def _cells(entry: dict[str, Any], dense_s: float | None) -> list[str]:
 
 def _median_s(entry: dict[str, Any]) -> float:
     """Of one call, in seconds."""
-    return entry["stats"]["median"] / entry["extra_info"].get("calls", 1)
+    return _quartiles_s(entry)[1]
+
+
+def _quartiles_s(entry: dict[str, Any]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of one call, in seconds."""
+    stats, calls = entry["stats"], entry["extra_info"].get("calls", 1)
+    return stats["q1"] / calls, stats["median"] / calls, stats["q3"] / calls
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -147,7 +157,12 @@ def main(argv: list[str] | None = None) -> int:
 def _print_tables(arguments: list[str], command: str) -> None:
     parser = make_parser("harness.microbench", __doc__)
     parser.add_argument("file", type=Path, help="what nox -s microbench wrote: runs/microbenchmarks.json")
-    print(tables(read_benchmarks(parse_options(parser, arguments).file)))
+    path = parse_options(parser, arguments).file
+    run = read_benchmarks(path)
+    try:
+        print(tables(run))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BenchError(f"{path} is not of tests/benchmark; nox -s microbench writes one") from None
 
 
 if __name__ == "__main__":

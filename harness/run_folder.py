@@ -162,7 +162,11 @@ def check_writable(*paths: Path | None) -> None:
     Raises:
         BenchError: one of them cannot be written.
     """
-    for path in filter(None, paths):
+    for path in paths:
+        if path is None:
+            continue
+        if not path.name:
+            raise BenchError(f"cannot write to '{path}': name a file")
         trial = path.with_name(f".{path.name}.trial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +176,18 @@ def check_writable(*paths: Path | None) -> None:
             raise BenchError(f"cannot write to {path}: {error.strerror}") from None
         if path.is_dir():
             raise BenchError(f"cannot write to {path}: it is a folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of results.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"cannot write to {path}: {error.strerror}") from None
 
 
 def no_space(path: Path, error: OSError) -> BenchError:

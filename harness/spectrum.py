@@ -24,7 +24,7 @@ from harness.generate import denoise
 from harness.low_rank import value_moments
 from harness.model_options import ModelOptions, add_model_options, read_model_options
 from harness.models import LoadedModel
-from harness.run_folder import check_writable, utc_now
+from harness.run_folder import check_writable, utc_now, write_text
 from harness.spectrum_probes import HeldOutProbe, LayerMoments, MomentProbe
 from harness.spectrum_tables import tables
 from harness.tuning import sampled_steps
@@ -195,9 +195,9 @@ def _spectrum(arguments: list[str], command: str) -> None:
     text = tables(run)
     print(text, end="")
     if config.output:
-        config.output.write_text(json.dumps(run) + "\n", encoding="utf-8")
+        write_text(config.output, json.dumps(run) + "\n")
     if config.markdown:
-        config.markdown.write_text(text, encoding="utf-8")
+        write_text(config.markdown, text)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def block_sparse_attention(
             multiples of 16 tokens (64 and 128 are fast). Its lists are trusted: call
             ``block_mask.check()`` on lists of unknown origin.
         scale (float, Optional): factor on the scores, > 0. Default: ``1 / sqrt(D)``
-        key_lengths (Tensor, Optional): ``[B]`` int32 or int64: only the first ``key_lengths[b]`` keys of
-            batch entry b are valid. Default: all
+        key_lengths (Tensor, Optional): ``[B]`` int32 or int64, 0 to Nk: only the first ``key_lengths[b]``
+            keys of batch entry b take part. Trusted; what lies past them must be finite. Default: all
         bias (Tensor, Optional): ``[B or 1, 1 or Hkv or Hq, Nk]`` floats added to the scaled scores of every
             query, in natural log units: ``log(n)`` for a key that stands for n merged tokens, -inf for a
             key to leave out. Used in fp32. Default: none

@@ -23,6 +23,8 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         wrong = "key and value must be alike and share B and D with query"
     elif key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         wrong = "query heads must be a multiple of key heads"
+    elif query.shape[3] == 0:
+        wrong = "the head dimension must be at least 1"
     if wrong is not None:
         raise LayoutError(f"{wrong}; got {shapes_of(query=query, key=key, value=value)}")
     if query.dtype not in DTYPES:
@@ -84,15 +86,16 @@ def check_extras(
             f"key_lengths must be [{query.shape[0]}] int32 or int64 on {query.device}; got "
             f"{tuple(key_lengths.shape)} {key_lengths.dtype} on {key_lengths.device}"
         )
+    heads = dict.fromkeys((1, key.shape[1], query.shape[1]))
     if bias is not None and (
         bias.dim() != 3
         or bias.shape[0] not in (1, query.shape[0])
-        or bias.shape[1] not in (1, key.shape[1], query.shape[1])
+        or bias.shape[1] not in heads
         or bias.shape[2] != key.shape[2]
         or not bias.is_floating_point()
         or bias.device != query.device
     ):
         raise LayoutError(
-            f"bias must be floating [1 or {query.shape[0]}, 1 or {key.shape[1]} or {query.shape[1]}, "
+            f"bias must be floating [1 or {query.shape[0]}, {' or '.join(map(str, heads))}, "
             f"{key.shape[2]}] on {query.device}; got {tuple(bias.shape)} {bias.dtype} on {bias.device}"
         )

@@ -76,9 +76,23 @@ def test_a_wrong_operator_is_never_timed_and_is_no_baseline(tmp_path, monkeypatc
     assert run(tmp_path)[0] == 1
 
 
-def test_nothing_starts_after_the_time_limit(tmp_path):
-    _, found, _ = run(tmp_path, "--minutes", "0", "--backends", "sdpa,torch")
+def test_nothing_starts_after_the_time_limit_and_what_did_not_is_named(tmp_path):
+    options = ("--backends", "sdpa,torch", "--blocks", "64x64,128x64", "--sparsity", "0,0.5")
+    _, found, text = run(tmp_path, "--minutes", "1e-9", *options)
     assert {row["status"] for row in found["rows"]} == {"skipped"}
+    cells = [
+        f"block-sparse `torch` {block} at {sparsity}"
+        for block in ("64x64", "128x64")
+        for sparsity in (0, 0.5)
+    ]
+    places = ["dense `sdpa`", "dense backward `sdpa`", *cells]
+    assert f"- tiny: skipped, the time limit was reached: {', '.join(places)}" in text.splitlines()
+
+
+def test_names_may_be_spaced_and_repeated(tmp_path):
+    _, found, _ = run(tmp_path, "--backends", " sdpa , torch,torch", "--quick", "--sparsity", "0.5,0.5")
+    kinds = [(row["family"], row["operator"]) for row in found["rows"]]
+    assert kinds == [("dense", "sdpa"), ("dense backward", "sdpa"), ("block-sparse", "torch")]
 
 
 def test_rates_count_executed_pairs():
@@ -96,12 +110,18 @@ def test_rates_count_executed_pairs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--shapes", "tiny,huge"], "--shapes: huge"),
-        (["--backends", "fastest"], "--backends: fastest"),
+        (["--shapes", "tiny,huge"], "--shapes: 'huge'"),
+        (["--shapes", ""], "--shapes: '' is not among"),
+        (["--backends", "fastest"], "--backends: 'fastest'"),
         (["--sparsity", "0,1"], "--sparsity takes"),
         (["--sparsity", "none"], "--sparsity takes"),
         (["--blocks", "100x64"], "--blocks takes"),
         (["--blocks", "64"], "--blocks takes"),
+        (["--blocks", "0x64"], "--blocks takes"),
+        (["--minutes", "-1"], "--minutes must be above 0"),
+        (["--output", ""], "name a file"),
+        (["--output", "a.json", "--markdown", "a.json"], "are one file: a.json"),
+        (["--quick", "--backends", "sdpa", "--output", "/dev/full"], "cannot write to /dev/full: No space"),
         (["--device", "tpu"], "--device must be"),
     ],
 )
@@ -111,7 +131,16 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [None, "no json", '{"rows": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "no json",
+        '{"rows": []}',
+        '{"rows": [], "shapes": {}, "device": "x"}',
+        '{"rows": [{"status": "right"}], "shapes": {"a": {"size": [1, 1, 1, 1]}}, "device": "x"}',
+    ],
+)
 def test_bad_files_are_one_line(tmp_path, capsys, content):
     path = tmp_path / "file.json"
     if content is not None:

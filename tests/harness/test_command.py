@@ -1,6 +1,9 @@
 """What all commands do alike: one line for an error, exit codes, Ctrl-C, help that keeps its lines."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +48,18 @@ def test_a_fault_of_the_program_is_not_dressed_up():
 
     with pytest.raises(ZeroDivisionError):
         run_command("harness.x", [], work)
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    program = "import sys; from harness.command import run_command; sys.exit(run_command('x', [], print))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, cwd=root, check=False
+    )
+    os.close(writer)
+    assert run.returncode == 1 and run.stderr == b""
 
 
 def test_interrupt_says_what_is_left(capsys):

@@ -174,7 +174,15 @@ def test_a_wrong_backend_that_is_no_default_ends_with_0(monkeypatch, capsys, sdp
     assert doctor.main(["--quick", "--device", "cpu"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--backends", "fast"]])
+def test_what_is_no_default_is_not_called_right(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "all_operators", lambda: [o for o in all_operators() if o.name == "flash4"])
+    assert doctor.main(["--quick", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith("unavailable; no default was among them\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "tpu"], ["--backends", "fast"], ["--timeout", "0"], ["--json", ""]]
+)
 def test_bad_input_is_one_line(arguments, capsys):
     assert doctor.main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1

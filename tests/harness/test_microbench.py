@@ -60,6 +60,10 @@ def test_benchmarks_without_a_group_are_left_out():
     assert tables(run) == text
 
 
+def same(seconds):
+    return dict.fromkeys(("q1", "median", "q3"), seconds)
+
+
 def test_predictions_are_shares_of_one_dense_call():
     run = json.loads(COMMITTED.read_text())
     (dense, *_) = [entry for entry in run["benchmarks"] if entry["param"].endswith("-dense")]
@@ -68,13 +72,13 @@ def test_predictions_are_shares_of_one_dense_call():
         "group": f"prediction {shape}",
         "name": f"test_matching_of_tome[{shape}]",
         "param": shape,
-        "stats": {"median": 0.025 * dense["stats"]["median"]},
+        "stats": same(0.025 * dense["stats"]["median"]),
         "extra_info": dense["extra_info"],
     }
     text = tables(run)
     run["benchmarks"].append(entry)
     (line,) = set(tables(run).splitlines()) & {
-        f"| matching of tome | {25 * dense['stats']['median']:.3f} ms | 2.5% |"
+        "| matching of tome | {0:.2f} ms | {0:.2f} to {0:.2f} | 2.5% |".format(25 * dense["stats"]["median"])
     }
     assert line and set(text.splitlines()) < set(tables(run).splitlines())
 
@@ -84,13 +88,13 @@ def test_operators_alone_are_shares_of_their_own_dense_call():
     dense, matching = run["benchmarks"][:2]
     facts = dense["extra_info"] | {"calls": 5}
     shape = facts["shape"]
-    dense |= {"group": f"attention {shape}", "name": f"test_dense[{shape}]", "stats": {"median": 0.01}}
+    dense |= {"group": f"attention {shape}", "name": f"test_dense[{shape}]", "stats": same(0.01)}
     dense["extra_info"] = facts | {"calls": 1}
     matching |= {"group": f"prediction {shape}", "name": f"test_matching_of_tome[{shape}]"}
-    matching |= {"stats": {"median": 0.002}, "extra_info": facts}
+    matching |= {"stats": same(0.002), "extra_info": facts}
     run["benchmarks"] = [dense, matching]
     text = tables(run)
-    assert "| matching of tome | 0.400 ms | 4.0% |" in text.splitlines()
+    assert "| matching of tome | 0.40 ms | 0.40 to 0.40 | 4.0% |" in text.splitlines()
     assert "5 calls in a row" in text and "float64" not in text
 
 
@@ -99,17 +103,34 @@ def test_dense_calls_within_predictions_are_subtracted(tmp_path, capsys):
     dense, matching = run["benchmarks"][:2]
     facts = dense["extra_info"] | {"calls": 5}
     shape = facts["shape"]
-    dense |= {"group": f"attention {shape}", "name": f"test_dense[{shape}]", "stats": {"median": 0.05}}
+    dense |= {
+        "group": f"attention {shape}",
+        "name": f"test_dense[{shape}]",
+        "stats": {"q1": 0.045, "median": 0.05, "q3": 0.055},
+    }
     dense["extra_info"] = facts
     matching |= {"group": f"prediction {shape}", "name": f"test_matching_of_tome[{shape}]"}
-    matching |= {"stats": {"median": 0.018}, "extra_info": facts | {"calls": 20, "with_dense": 0.05}}
+    stats = {"q1": 0.018, "median": 0.018, "q3": 0.019}
+    matching |= {"stats": stats, "extra_info": facts | {"calls": 20, "with_dense": 0.05}}
     run["benchmarks"] = [dense, matching]
     text = tables(run)
-    assert "| matching of tome | 0.400 ms | 4.0% |" in text.splitlines()
+    assert "| matching of tome | 0.40 ms | 0.35 to 0.50 | 4.0% |" in text.splitlines()
     assert "20 calls in a row with 1 of dense attention, subtracted, on random inputs" in text
     path = tmp_path / "file.json"
     path.write_text(json.dumps(run | {"benchmarks": [matching]}))
     assert main([str(path)]) == 2 and "run test_dense into the same file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entry", [{"group": "strategies a"}, {"group": "strategies a", "extra_info": {}}, None]
+)
+def test_a_file_of_something_else(tmp_path, capsys, entry):
+    run = json.loads(COMMITTED.read_text())
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(run | {"benchmarks": [entry]}))
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "nox -s microbench writes one" in error and error.count("\n") == 1
 
 
 def test_a_file_without_strategies(tmp_path, capsys):

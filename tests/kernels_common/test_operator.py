@@ -187,6 +187,10 @@ def _three_dimensions(query, key, value, mask):
     return query[0], key, value, mask
 
 
+def _no_dimensions(query, key, value, mask):
+    return query[..., :0], key[..., :0], value[..., :0], mask
+
+
 def _mask_of_other_heads(query, key, value, mask):
     blocks = mask.to_blocks().expand(2, 2, -1, -1)
     return query, key, value, BlockSparseMask.from_blocks(blocks, (64, 64), 100, 150)
@@ -194,7 +198,15 @@ def _mask_of_other_heads(query, key, value, mask):
 
 @pytest.mark.parametrize(
     "change",
-    [_other_lengths, _other_value, _other_heads, _other_dtype, _three_dimensions, _mask_of_other_heads],
+    [
+        _other_lengths,
+        _other_value,
+        _other_heads,
+        _other_dtype,
+        _three_dimensions,
+        _no_dimensions,
+        _mask_of_other_heads,
+    ],
     ids=lambda function: function.__name__.strip("_"),
 )
 def test_tensors_that_do_not_fit_are_refused(call, change):
