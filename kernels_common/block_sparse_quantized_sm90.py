@@ -1,6 +1,6 @@
 """Device code of 8-bit block-sparse attention for Hopper: INT8 scores, FP8 (E4M3) weights and values.
 
-The shape of :mod:`kernels_common.block_sparse_gluon`: persistent programs, one TMA producer warp, two
+The shape of :mod:`kernels_common.block_sparse_gluon_128`: persistent programs, one TMA producer warp, two
 consumer warpgroups of 64 rows each that share every key and value tile, lists walked from their end. The
 operands are those of SageAttention (arXiv 2410.02367; arXiv 2411.10958, section 3). What differs:
 
