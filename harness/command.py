@@ -4,8 +4,11 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -49,6 +52,31 @@ def run_command(
     except BrokenPipeError:  # `| head`; what is left in the buffer must go somewhere when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+@contextmanager
+def unswallowed_interrupts() -> Iterator[Callable[[], None]]:
+    """Within it a Ctrl-C that called code swallowed, as torch's compiler can, is not lost.
+
+    Yields:
+        Callable: raises KeyboardInterrupt if there was one; to be called between two pieces of work.
+    """
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

@@ -13,7 +13,7 @@ process, 2 bad input, 130 stopped with Ctrl-C.
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 
-from harness.command import DONE, FAILED, make_parser, parse_options, run_command
+from harness.command import (
+    DONE,
+    FAILED,
+    make_parser,
+    parse_options,
+    run_command,
+    unswallowed_interrupts,
+)
 from harness.environment import device_name, package_versions, resolve_device
 from harness.errors import BenchError
 from harness.isolation import run_isolated
@@ -160,10 +167,11 @@ def examine(checks: Sequence[Check], device: torch.device, timeout_s: float) -> 
         yield result if isinstance(result, Finding) else Finding(check, WRONG, True, reason=result)
 
 
-def report(findings: Iterator[Finding]) -> list[Finding]:
+def report(findings: Iterator[Finding], go_on: Callable[[], None]) -> list[Finding]:
     """Print one line per finding; of those that are unavailable for one reason only the first."""
     kept, told = [], set()
     for finding in findings:
+        go_on()
         kept.append(finding)
         cause = (finding.check.operator, finding.check.family, finding.reason)
         if finding.status != UNAVAILABLE or cause not in told:
@@ -195,7 +203,8 @@ def _examine_machine(arguments: list[str], command: str) -> int:
     broken = []
     for device in devices:
         print(f"{device}: {device_name(device)}")
-        findings = report(examine(checks, device, options.timeout))
+        with unswallowed_interrupts() as go_on:
+            findings = report(examine(checks, device, options.timeout), go_on)
         record["devices"][str(device)] = {
             "name": device_name(device),
             "findings": [asdict(finding) for finding in findings],

@@ -1,6 +1,8 @@
 """The doctor finds what is right, what is wrong and what hangs; the quick run passes on this machine."""
 
+import contextlib
 import json
+import signal
 import time
 from dataclasses import replace
 
@@ -172,6 +174,19 @@ def test_a_wrong_backend_that_is_no_default_ends_with_0(monkeypatch, capsys, sdp
     quiet = replace(answering(sdpa, torch.zeros_like), is_default=lambda case: False)
     monkeypatch.setattr(doctor, "all_operators", lambda: [quiet])
     assert doctor.main(["--quick", "--device", "cpu"]) == 0
+
+
+def test_an_interrupt_that_an_operator_swallows_is_not_lost(monkeypatch, capsys, sdpa):
+    def swallow(case):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return sdpa.prepare(case)
+
+    before = signal.getsignal(signal.SIGINT)
+    operators = [replace(sdpa, name=name, prepare=swallow) for name in ("first", "second")]
+    monkeypatch.setattr(doctor, "all_operators", lambda: operators)
+    assert doctor.main(["--quick", "--device", "cpu"]) == 130
+    assert "second" not in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_no_default_is_not_called_right(monkeypatch, capsys):
