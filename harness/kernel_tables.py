@@ -182,9 +182,10 @@ def _print_tables(arguments: list[str], command: str) -> None:
     path = parse_options(parser, arguments).file
     run = read_benchmark(path)
     try:
-        print(tables(run), end="")
+        text = tables(run)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BenchError(f"{path} is not a file of python -m harness.bench_kernels --output") from None
+    print(text, end="")
 
 
 if __name__ == "__main__":

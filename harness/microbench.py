@@ -160,9 +160,10 @@ def _print_tables(arguments: list[str], command: str) -> None:
     path = parse_options(parser, arguments).file
     run = read_benchmarks(path)
     try:
-        print(tables(run))
+        text = tables(run)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BenchError(f"{path} is not of tests/benchmark; nox -s microbench writes one") from None
+    print(text)
 
 
 if __name__ == "__main__":

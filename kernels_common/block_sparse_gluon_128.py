@@ -22,9 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels_common.block_sparse_gluon_parts import (
     exp2,
     get_item,
+    load_query,
     locate,
     new_barriers,
     new_facts,
+    put_end,
     put_item,
     read_list,
     ring_place,
@@ -87,12 +89,7 @@ def _producer(
         slot, phase = ring_place(work, Q_STAGES)
         mbarrier.wait(q_empty.index(slot), phase ^ 1)
         put_item(facts, slot, batch, head, row, tiles, valid)
-        mbarrier.expect(q_full.index(slot), 128 * D * 2)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                query_source, [batch, head, row * 128 + half * 64, 0], q_full.index(slot),
-                query_ring.index(slot * 2 + half),
-            )  # fmt: skip
+        load_query(query_source, query_ring, q_full.index(slot), slot, batch, head, row)
         work += 1
 
         width: gl.constexpr = 2 if PAIRED else 1
@@ -113,10 +110,7 @@ def _producer(
                        D, N, STAGES, PAIRED)  # fmt: skip
             step += 1
         item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    slot, phase = ring_place(work, Q_STAGES)
-    mbarrier.wait(q_empty.index(slot), phase ^ 1)
-    put_item(facts, slot, -1, 0, 0, 0, 0)
-    mbarrier.arrive(q_full.index(slot))
+    put_end(facts, q_full, q_empty, work, Q_STAGES)
 
 
 @gluon.jit

@@ -85,6 +85,24 @@ def put_item(facts, slot, batch, head, row, tiles, valid):
 
 
 @gluon.jit
+def put_end(facts, q_full, q_empty, work, SLOTS: gl.constexpr):
+    """Tell consumers, as item number ``work``, that there is no more."""
+    slot, phase = ring_place(work, SLOTS)
+    mbarrier.wait(q_empty.index(slot), phase ^ 1)
+    put_item(facts, slot, -1, 0, 0, 0, 0)
+    mbarrier.arrive(q_full.index(slot))
+
+
+@gluon.jit
+def load_query(source, ring, full, slot, batch, head, row):
+    """Start the copies of both consumers' 64 rows of an item; ``full`` completes with them."""
+    mbarrier.expect(full, 2 * source.block_type.nbytes)
+    for half in gl.static_range(2):
+        place = [batch, head, row * 128 + half * 64, 0]
+        tma.async_copy_global_to_shared(source, place, full, ring.index(slot * 2 + half))
+
+
+@gluon.jit
 def get_item(facts, slot):
     """What :func:`put_item` wrote."""
     batch, head, row = get(facts, slot * 5), get(facts, slot * 5 + 1), get(facts, slot * 5 + 2)

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels_common.block_sparse_gluon_parts import locate, put, put_item, ring_place
+from kernels_common.block_sparse_gluon_parts import load_query, locate, put, put_end, put_item, ring_place
 
 # Up to Triton 3.6 it is called thread_barrier.
 _warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -120,12 +120,7 @@ def produce(
         head_values = value_scale_ptr + (batch * (heads // group) + kv_head) * D
         _announce(notes, query_scale_ptr, head_values, slot, batch, head, row, tiles, valid, start,
                   query_groups, D)  # fmt: skip
-        mbarrier.expect(q_full.index(slot), 128 * D)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                query_source, [batch, head, row * 128 + half * 64, 0], q_full.index(slot),
-                query_ring.index(slot * 2 + half),
-            )  # fmt: skip
+        load_query(query_source, query_ring, q_full.index(slot), slot, batch, head, row)
         work += 1
 
         # Entries are read two tiles ahead of their use, scales one.
@@ -144,7 +139,4 @@ def produce(
             scale_a, scale_b = next_scale_a, next_scale_b
             next_first, next_second = later_first, later_second
         item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    slot, phase = ring_place(work, 2)
-    mbarrier.wait(q_empty.index(slot), phase ^ 1)
-    put_item(facts, slot, -1, 0, 0, 0, 0)
-    mbarrier.arrive(q_full.index(slot))
+    put_end(facts, q_full, q_empty, work, 2)

@@ -204,8 +204,8 @@ def supports_matching(key: torch.Tensor) -> bool:
 def select_match_config(key: torch.Tensor) -> MatchConfig:
     """The longer the rows, the fewer candidates per step, so that a step needs the same shared memory.
 
-    A third stage gains 8 % on an H200. Two tiles of sources per program, which halve the reads of candidates,
-    are slower there by half.
+    A third stage is faster on an H200. Two tiles of sources per program, which would halve the reads of
+    candidates, are slower there.
     """
     row_bytes = padded_head_dim(key.shape[3]) * key.element_size()
     tile_c = min(MOST_CANDIDATES, MOST_CANDIDATES * 128 // row_bytes)
