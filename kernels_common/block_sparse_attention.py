@@ -53,6 +53,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     key_lengths: torch.Tensor | None = ...,
     bias: torch.Tensor | None = ...,
+    key_sizes: torch.Tensor | None = ...,
     query_order: torch.Tensor | None = ...,
     key_order: torch.Tensor | None = ...,
     causal: bool = ...,
@@ -72,6 +73,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     key_lengths: torch.Tensor | None = ...,
     bias: torch.Tensor | None = ...,
+    key_sizes: torch.Tensor | None = ...,
     query_order: torch.Tensor | None = ...,
     key_order: torch.Tensor | None = ...,
     causal: bool = ...,
@@ -90,6 +92,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    key_sizes: torch.Tensor | None = None,
     query_order: torch.Tensor | None = None,
     key_order: torch.Tensor | None = None,
     causal: bool = False,
@@ -115,13 +118,15 @@ def block_sparse_attention(
         key_lengths (Tensor, Optional): ``[B]`` int32 or int64, 0 to Nk: only the first ``key_lengths[b]``
             keys of batch entry b take part. Trusted; what lies past them must be finite. Default: all
         bias (Tensor, Optional): ``[B or 1, 1 or Hkv or Hq, Nk]`` floats added to the scaled scores of every
-            query, in natural log units: ``log(n)`` for a key that stands for n merged tokens, -inf for a
-            key to leave out. Used in fp32. Default: none
+            query, in natural log units, -inf for a key to leave out. Used in fp32. Default: none
+        key_sizes (Tensor, Optional): ``[B or 1, 1 or Hkv, Nk]`` numbers >= 1: how many tokens every key and
+            value is the mean of. They count as so many (proportional attention, ToMe, arXiv 2210.09461), as
+            with a bias of ``log(key_sizes)``, faster on Hopper. Not with ``bias``; trusted. Default: one each
         query_order (Tensor, Optional): permutation ``[Nq]`` or ``[B or 1, Hq or 1, Nq]``, int32 or int64: the
             mask is about a sequence whose place i holds query ``query_order[i]``. Output and log-sum-exp stay
             in the order of ``query``. It is trusted. Not with ``causal`` or ``key_lengths``. Default: places
             are tokens
-        key_order (Tensor, Optional): the same for ``key``, ``value`` and ``bias``, ``[Nk]`` or
+        key_order (Tensor, Optional): the same for ``key``, ``value``, ``bias`` and ``key_sizes``, ``[Nk]`` or
             ``[B or 1, Hkv or 1, Nk]``. An order of Hkv heads goes with a bias of 1 or Hkv heads; one of Hq is
             refused. Default: places are tokens
         causal (bool): query i sees keys up to ``i + Nk - Nq`` only; with equal lengths no later key. Kept
@@ -143,8 +148,8 @@ def block_sparse_attention(
     """
     result = attend_blocks(
         query, key, value, block_mask, scale=scale, key_lengths=key_lengths, bias=bias,
-        query_order=query_order, key_order=key_order, causal=causal, quantization=quantization,
-        return_lse=return_lse, backend=backend,
+        key_sizes=key_sizes, query_order=query_order, key_order=key_order, causal=causal,
+        quantization=quantization, return_lse=return_lse, backend=backend,
     )  # fmt: skip
     return result.output if result.lse is None else (result.output, result.lse)
 
@@ -158,6 +163,7 @@ def attend_blocks(
     scale: float | None = None,
     key_lengths: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    key_sizes: torch.Tensor | None = None,
     query_order: torch.Tensor | None = None,
     key_order: torch.Tensor | None = None,
     causal: bool = False,
@@ -182,27 +188,31 @@ def attend_blocks(
     """
     check_tensors(query, key, value)
     check_mask(query, key, block_mask)
-    check_extras(query, key, key_lengths, bias)
+    check_extras(query, key, key_lengths, bias, key_sizes)
     check_causal(causal)
     orders = TokenOrders(query_order, key_order)
     check_orders(query, key, orders, key_lengths, causal)
-    features = _features(query, key_lengths, bias, causal, quantization, skip_threshold)
+    features = _features(query, key_lengths, bias, key_sizes, causal, quantization, skip_threshold)
     _check_gradients(query, key, value, bias, features)
     scale = resolve_scale(scale, query.shape[3])
     backend = resolve_backend(query, block_mask, backend, features)
-    bias = gather_bias(bias, orders)
+    if key_sizes is not None and backend != "gluon":
+        bias, key_sizes = key_sizes.to(torch.promote_types(query.dtype, torch.float32)).log(), None
+    bias, key_sizes = gather_bias(bias, orders), gather_bias(key_sizes, orders)
     in_loads = TokenOrders()
     if orders.given and _reads_orders(query, key, value, features, backend):
         orders, in_loads = in_loads, orders
     tensors = gather_call(query, key, value, orders)
     lists = (block_mask.counts, block_mask.indices, key_lengths, bias)
-    sizes = (*block_mask.block_size, scale)
+    numbers = (*block_mask.block_size, scale)
     if features.exact:
-        output, lse = block_sparse_attention_op(*tensors, *lists, *in_loads, *sizes, causal, backend)
+        output, lse = block_sparse_attention_op(
+            *tensors, *lists, key_sizes, *in_loads, *numbers, causal, backend
+        )
         skipped = None
     else:
         output, lse, skipped = block_sparse_attention_quantized_op(
-            *tensors, *lists, skip_threshold, *sizes, quantization, backend
+            *tensors, *lists, skip_threshold, *numbers, quantization, backend
         )
     return BlockSparseOutput(
         scatter_output(output, orders.query, query),
@@ -228,6 +238,7 @@ def _features(
     query: torch.Tensor,
     key_lengths: torch.Tensor | None,
     bias: torch.Tensor | None,
+    key_sizes: torch.Tensor | None,
     causal: bool,
     quantization: str,
     skip_threshold: torch.Tensor | None,
@@ -248,7 +259,7 @@ def _features(
             f"{tuple(skip_threshold.shape)} {skip_threshold.dtype} on {skip_threshold.device}"
         )
     given = (key_lengths is not None, bias is not None)
-    return CallFeatures(*given, causal, quantization, skip_threshold is not None)
+    return CallFeatures(*given, causal, quantization, skip_threshold is not None, key_sizes is not None)
 
 
 def _check_gradients(

@@ -26,6 +26,7 @@ class CallFeatures(NamedTuple):
         causal (bool): no query sees a later key. Default: False
         quantization (str): one of ``QUANTIZATIONS``. Default: ``"none"``
         skip (bool): tiles of little weight are skipped. Default: False
+        sizes (bool): keys that stand for several. Default: False
     """
 
     key_lengths: bool = False
@@ -33,6 +34,7 @@ class CallFeatures(NamedTuple):
     causal: bool = False
     quantization: str = "none"
     skip: bool = False
+    sizes: bool = False
 
     @property
     def exact(self) -> bool:
@@ -47,6 +49,7 @@ class CallFeatures(NamedTuple):
             (self.skip, "skip_threshold"),
             (self.key_lengths, "key_lengths"),
             (self.bias, "bias"),
+            (self.sizes, "key_sizes"),
             (self.causal, "causal"),
         )
         return next((name for present, name in named if present), None)
@@ -127,8 +130,8 @@ def _gluon_obstacle(query: torch.Tensor, block_size: tuple[int, int], features: 
         from kernels_common.block_sparse_quantized_gluon import quantized_gluon_obstacle
 
         return quantized_gluon_obstacle(query, block_size, query.dtype)
-    if features.extra is not None:
-        return f"backend 'gluon' does not support {features.extra} here"
+    if (extra := features._replace(sizes=False).extra) is not None:
+        return f"backend 'gluon' does not support {extra} here"
     from kernels_common.block_sparse_gluon import gluon_obstacle
 
     return gluon_obstacle(query, block_size)

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from core.errors import UnsupportedCallError
 from kernels_common import block_sparse_gluon_64 as head_dim_64
 from kernels_common import block_sparse_gluon_128 as head_dim_128
+from kernels_common.block_sparse_gluon_sizes import sized_values
 from kernels_common.triton_launch import LOG2_E, aligned, list_strides
 
 BLOCK_SIZES = ((128, 128), (128, 64))
@@ -50,11 +51,12 @@ def prefers_gluon(query: torch.Tensor, block_size: tuple[int, int]) -> bool:
     return gluon_obstacle(query, block_size) is None
 
 
-def _boxes(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _boxes(tensor: torch.Tensor, rows: int, columns: int, swizzle: int = 128) -> TensorDescriptor:
     """Boxes of one head; strides of single-entry dimensions are arbitrary and are made valid."""
     pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
     strides = [stride if size > 1 else tensor.shape[3] for size, stride in pairs]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    bits = 8 * tensor.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=4)
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
 
 
@@ -67,6 +69,7 @@ def block_sparse_attention_gluon(
     block_size: tuple[int, int],
     *,
     scale: float,
+    key_sizes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel; arguments as in :func:`kernels_common.block_sparse_attention`.
 
@@ -84,8 +87,9 @@ def block_sparse_attention_gluon(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     if query.numel() == 0 or key.numel() == 0 or indices.numel() == 0:
         return output.zero_(), lse.fill_(float("-inf"))
+    sized = None if key_sizes is None else sized_values(value, key_sizes)
     target = output if output.stride(3) == 1 else output.new_empty(output.shape)
-    query, key, value = (aligned(part) for part in (query, key, value))
+    query, key, value = (aligned(part) for part in (query, key, sized.value if sized else value))
     counts, indices = (part if part.stride(-1) == 1 else part.contiguous() for part in (counts, indices))
     row_tiles = triton.cdiv(queries, block_size[0])
     items = batch * heads * row_tiles
@@ -100,13 +104,18 @@ def block_sparse_attention_gluon(
         module, kernel, teams, options = head_dim_128, head_dim_128.block_sparse_fwd_kernel_sm90, 1, {}
     tile_n = module.TILE_N
     box = (tile_n, head_dim) if block_size[1] >= tile_n else (64, 64)
+    # Without sizes the kernels do not read them.
+    size_boxes = _boxes(value, *box) if sized is None else _boxes(sized.sizes, 1, box[0], swizzle=0)
     with torch.cuda.device_of(query):
         counter = torch.zeros(1, dtype=torch.int32, device=query.device)
         kernel[(min(triton.cdiv(items, teams), processors),)](
-            _boxes(query, 64, head_dim), _boxes(key, *box), _boxes(value, *box), _boxes(target, 64, head_dim),
-            lse, counts, indices, counter, *list_strides(counts)[:2], *list_strides(indices)[:3],
-            items, row_tiles, heads, heads // key.shape[1], queries, key.shape[2], scale * LOG2_E.value,
+            _boxes(query, 64, head_dim), _boxes(key, *box), _boxes(value, *box), size_boxes,
+            _boxes(target, 64, head_dim), lse, counts, indices, counter, *list_strides(counts)[:2],
+            *list_strides(indices)[:3], items, row_tiles, heads, heads // key.shape[1],
+            queries, key.shape[2], scale * LOG2_E.value,
             D=head_dim, N=tile_n, STAGES=module.STAGES, Q_STAGES=module.QUERY_STAGES, MASK_N=block_size[1],
-            **options, num_warps=4,
+            SIZES=sized is not None, **options, num_warps=4,
         )  # fmt: skip
+    if sized is not None and sized.log_divisor is not None:
+        lse += sized.log_divisor.repeat_interleave(heads // key.shape[1], 1)[..., None]
     return (output if target is output else output.copy_(target)), lse

@@ -28,14 +28,19 @@ from kernels_common.block_sparse_gluon_parts import (
     new_facts,
     put_end,
     put_item,
+    raised,
     read_list,
     ring_place,
+    scaled,
+    sized,
+    sizes_ring,
     store_rows,
 )
 
 TILE_N = 128
 STAGES = 2  # key and value tiles in flight
 QUERY_STAGES = 2
+SIZE_STAGES = gl.constexpr(4)  # more: a slot of keys is free again before the softmax has read their sizes
 
 
 @gluon.jit
@@ -51,12 +56,16 @@ def _plan(count, list_ptr, key_length, MASK_N: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _load_tile(source, ring, full, empty, step, batch, kv_head, start_a, start_b,
-               D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr):  # fmt: skip
-    """Start the copy of one key or value tile as soon as both consumers have left its slot."""
+               D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
+               MORE: gl.constexpr):  # fmt: skip
+    """Start the copy of one key or value tile as soon as both consumers have left its slot.
+
+    ``MORE`` bytes are to arrive beside those of the tile.
+    """
     slot, phase = ring_place(step, STAGES)
     barrier = full.index(slot)
     mbarrier.wait(empty.index(slot), phase ^ 1)
-    mbarrier.expect(barrier, N * D * 2)
+    mbarrier.expect(barrier, N * D * 2 + MORE)
     if PAIRED:  # boxes of 64 keys and 64 columns, in the memory order of a [N, D] tile
         for c in gl.static_range(D // 64):
             box = (slot * (D // 64) + c) * 2
@@ -69,12 +78,25 @@ def _load_tile(source, ring, full, empty, step, batch, kv_head, start_a, start_b
 
 
 @gluon.jit
+def _load_sizes(source, ring, full, step, batch, head, start_a, start_b,
+                STAGES: gl.constexpr, PAIRED: gl.constexpr):  # fmt: skip
+    """Start the copy of the sizes of a key tile, once that of the tile has begun."""
+    barrier = full.index(ring_place(step, STAGES)[0])
+    box = ring_place(step, SIZE_STAGES)[0] * (1 + PAIRED)
+    tma.async_copy_global_to_shared(source, [batch, head, 0, start_a], barrier, ring.index(box))
+    if PAIRED:
+        tma.async_copy_global_to_shared(source, [batch, head, 0, start_b], barrier, ring.index(box + 1))
+
+
+@gluon.jit
 def _producer(
-    sources, lists, rings, facts, barriers, counter_ptr, items, row_tiles, heads, group, key_length,
+    sources, lists, rings, sizes, facts, barriers, counter_ptr, items, row_tiles, heads, group,
+    key_length,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MASK_N: gl.constexpr,
+    SIZES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes work items, copies query tiles and the listed key and value tiles from a list's end."""
-    query_source, key_source, value_source = sources
+    query_source, key_source, value_source, sizes_source = sources
     query_ring, key_ring, value_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     PAIRED: gl.constexpr = MASK_N < N
@@ -105,9 +127,12 @@ def _producer(
             if PAIRED:
                 block_b = gl.load(list_ptr + gl.maximum(position + 1, 0))
             _load_tile(key_source, key_ring, k_full, k_empty, step, batch, kv_head, start_a, start_b,
-                       D, N, STAGES, PAIRED)  # fmt: skip
+                       D, N, STAGES, PAIRED, N * 4 * SIZES)  # fmt: skip
+            if SIZES:
+                _load_sizes(sizes_source, sizes, k_full, step, batch, kv_head, start_a, start_b,
+                            STAGES, PAIRED)  # fmt: skip
             _load_tile(value_source, value_ring, v_full, v_empty, step, batch, kv_head, start_a, start_b,
-                       D, N, STAGES, PAIRED)  # fmt: skip
+                       D, N, STAGES, PAIRED, 0)  # fmt: skip
             step += 1
         item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
     put_end(facts, q_full, q_empty, work, Q_STAGES)
@@ -131,24 +156,30 @@ def _start_scores(query_tile, key_tile, LAYOUT: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, peak, total, scale_log2):
+def _softmax(
+    scores, peak, total, scale_log2, sizes, step,
+    N: gl.constexpr, PAIRED: gl.constexpr, S_LAYOUT: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
     """One online step: weights [M, N], new peak and total [M], factor on what was summed before [M]."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
-    rescale = exp2(peak - new_peak)
+    new_peak, rescale = raised(peak, gl.max(scores, 1) * scale_log2)
     weights = exp2(scores * scale_log2 - new_peak[:, None])
-    return weights, new_peak, total * rescale + gl.sum(weights, 1), rescale
+    box = ring_place(step, SIZE_STAGES)[0] * (1 + PAIRED)
+    counted = sized(weights, sizes, box, N, S_LAYOUT, SIZES)
+    return weights, new_peak, total * rescale + gl.sum(counted, 1), rescale
 
 
 @gluon.jit
 def _walk(
-    scores, acc, peak, total, query_tile, rings, barriers, step, tiles, scale_log2,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
+    scores, acc, peak, total, query_tile, rings, sizes, barriers, step, tiles, scale_log2,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr, SIZES: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of a list, all but PV of the last tile, whose weights are returned."""
     _, key_ring, value_ring = rings
     _, _, k_full, k_empty, v_full, v_empty = barriers
-    weights, peak, total, rescale = _softmax(scores, peak, total, scale_log2)
+    weights, peak, total, rescale = _softmax(
+        scores, peak, total, scale_log2, sizes, step, N, PAIRED, S_LAYOUT, SIZES
+    )
     weights_16 = gl.convert_layout(weights.to(key_ring.dtype), P_LAYOUT)
     for _ in range(tiles - 1):
         value_slot, value_phase = ring_place(step, STAGES)
@@ -161,20 +192,24 @@ def _walk(
         pending_acc = warpgroup_mma(weights_16, value_tile, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[pending])
         mbarrier.arrive(k_empty.index(slot))
-        weights, peak, total, rescale = _softmax(scores, peak, total, scale_log2)
+        weights, peak, total, rescale = _softmax(
+            scores, peak, total, scale_log2, sizes, step, N, PAIRED, S_LAYOUT, SIZES
+        )
         # Passed long ago. Without a branch here ptxas waits for PV before the softmax.
         mbarrier.wait(v_full.index(value_slot), value_phase)
         acc, weights = warpgroup_mma_wait(0, deps=[pending_acc, weights])
         mbarrier.arrive(v_empty.index(value_slot))
         weights_16 = gl.convert_layout(weights.to(key_ring.dtype), P_LAYOUT)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        acc = scaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT)))
     return acc, peak, total, weights_16, step
 
 
 @gluon.jit
 def _consumer(
-    HALF: gl.constexpr, output, out_ring, lse_ptr, rings, facts, barriers, heads, query_length, scale_log2,
+    HALF: gl.constexpr, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length,
+    scale_log2,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
+    SIZES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of rows ``64 * HALF`` to ``64 * HALF + 63`` of every query tile."""
     query_ring, key_ring, value_ring = rings
@@ -202,8 +237,8 @@ def _consumer(
                 columns = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
                 scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
             acc, peak, total, weights_16, step = _walk(
-                scores, acc, peak, total, query_tile, rings, barriers, step, tiles, scale_log2,
-                D, N, STAGES, PAIRED, S_LAYOUT, O_LAYOUT, P_LAYOUT)  # fmt: skip
+                scores, acc, peak, total, query_tile, rings, sizes, barriers, step, tiles, scale_log2,
+                D, N, STAGES, PAIRED, SIZES, S_LAYOUT, O_LAYOUT, P_LAYOUT)  # fmt: skip
         query_slot = ring_place(work, Q_STAGES)[0]
         mbarrier.arrive(q_empty.index(query_slot))
 
@@ -243,6 +278,7 @@ def block_sparse_fwd_kernel_sm90(
     query_source,
     key_source,
     value_source,
+    sizes_source,
     output,
     lse_ptr,
     counts_ptr,
@@ -265,6 +301,7 @@ def block_sparse_fwd_kernel_sm90(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     MASK_N: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """Output and log-sum-exp of work items: ``program_id`` first, then whatever the counter gives."""
     dtype: gl.constexpr = query_source.dtype
@@ -274,6 +311,7 @@ def block_sparse_fwd_kernel_sm90(
     query_ring = gl.allocate_shared_memory(dtype, [Q_STAGES * 2, 1, 1, 64, D], query_source.layout)
     key_ring = gl.allocate_shared_memory(dtype, [STAGES * boxes, 1, 1, rows, width], key_source.layout)
     value_ring = gl.allocate_shared_memory(dtype, [STAGES * boxes, 1, 1, rows, width], value_source.layout)
+    sizes = sizes_ring(sizes_source, key_ring, SIZE_STAGES * (1 if MASK_N == N else 2), SIZES)
     out_ring = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, D], output.layout)
     # The producer arrives at "full" (with the bytes it asks for), both consumers at "empty".
     q_full, q_empty = new_barriers(Q_STAGES, 1), new_barriers(Q_STAGES, 2)
@@ -284,19 +322,19 @@ def block_sparse_fwd_kernel_sm90(
     rings = (query_ring, key_ring, value_ring)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     lists = (counts_ptr, indices_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_ir)
-    sources = (query_source, key_source, value_source)
+    sources = (query_source, key_source, value_source, sizes_source)
     paired: gl.constexpr = MASK_N < N
     gl.warp_specialize(
         [
             (_consumer, (
-                0, output, out_ring, lse_ptr, rings, facts, barriers, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, paired)),
+                0, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, paired, SIZES)),
             (_consumer, (
-                1, output, out_ring, lse_ptr, rings, facts, barriers, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, paired)),
+                1, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, paired, SIZES)),
             (_producer, (
-                sources, lists, rings, facts, barriers, counter_ptr, items, row_tiles, heads, group,
-                key_length, D, N, STAGES, Q_STAGES, MASK_N)),
+                sources, lists, rings, sizes, facts, barriers, counter_ptr, items, row_tiles, heads, group,
+                key_length, D, N, STAGES, Q_STAGES, MASK_N, SIZES)),
         ],
         [4, 1],  # warps of the second consumer and of the producer; the first one has the kernel's four
         [240, 24],  # their registers; the first consumer gets the rest, 240

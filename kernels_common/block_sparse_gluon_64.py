@@ -28,8 +28,12 @@ from kernels_common.block_sparse_gluon_parts import (
     new_facts,
     put_end,
     put_item,
+    raised,
     read_list,
     ring_place,
+    scaled,
+    sized,
+    sizes_ring,
     store_rows,
 )
 
@@ -53,12 +57,13 @@ def _plan(count, list_ptr, key_length, MASK_N: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    TEAM: gl.constexpr, TEAMS: gl.constexpr, sources, lists, memory, counter_ptr, items, row_tiles, heads,
-    group, key_length,
+    TEAM: gl.constexpr, TEAMS: gl.constexpr, sources, lists, memory, sizes, counter_ptr, items, row_tiles,
+    heads, group, key_length,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MASK_N: gl.constexpr,
+    SIZES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes work items, copies query tiles and the listed key and value tiles from a list's end."""
-    query_source, key_source, value_source = sources
+    query_source, key_source, value_source, sizes_source = sources
     query_ring, key_ring, value_ring, facts, q_full, q_empty, k_full, v_full, kv_empty = memory
     SPLIT: gl.constexpr = MASK_N // N
     step = 0
@@ -85,8 +90,13 @@ def _producer(
             slot, phase = ring_place(step, STAGES)
             mbarrier.wait(kv_empty.index(slot), phase ^ 1)
             place = [batch, kv_head, start, 0]
-            mbarrier.expect(k_full.index(slot), N * D * 2)
+            mbarrier.expect(k_full.index(slot), N * D * 2 + N * 4 * SIZES)
             tma.async_copy_global_to_shared(key_source, place, k_full.index(slot), key_ring.index(slot))
+            if SIZES:
+                size_place = [batch, kv_head, 0, start]
+                tma.async_copy_global_to_shared(
+                    sizes_source, size_place, k_full.index(slot), sizes.index(slot)
+                )
             mbarrier.expect(v_full.index(slot), N * D * 2)
             tma.async_copy_global_to_shared(value_source, place, v_full.index(slot), value_ring.index(slot))
             step += 1
@@ -110,18 +120,18 @@ def _fold(tile):
 
 @gluon.jit
 def _softmax(
-    scores, peak, total, scale_log2, N: gl.constexpr, dtype: gl.constexpr,
-    S_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    scores, peak, total, scale_log2, sizes, slot, N: gl.constexpr, dtype: gl.constexpr,
+    S_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """One online step: 16-bit weights [M, N], new peak [M], new total [M, 4], factor on older sums [M].
 
     Folding shortens the chain of maxima. Of the total every thread of a row keeps its own part.
     """
     highest = gl.convert_layout(gl.max(_fold(_fold(_fold(scores))), 1), gl.SliceLayout(1, S_LAYOUT))
-    new_peak = gl.maximum(peak, highest * scale_log2)
-    rescale = exp2(peak - new_peak)
+    new_peak, rescale = raised(peak, highest * scale_log2)
     weights = exp2(scores * scale_log2 - new_peak[:, None])
-    part = gl.sum(gl.sum(weights.reshape([64, N // 8, 4, 2]), 1), 2)
+    counted = sized(weights, sizes, slot, N, S_LAYOUT, SIZES)
+    part = gl.sum(gl.sum(counted.reshape([64, N // 8, 4, 2]), 1), 2)
     factor = gl.convert_layout(rescale, gl.SliceLayout(1, T_LAYOUT), assert_trivial=True)
     total = total * factor[:, None] + gl.convert_layout(part, T_LAYOUT, assert_trivial=True)
     return gl.convert_layout(weights.to(dtype), P_LAYOUT), new_peak, total, rescale
@@ -129,8 +139,8 @@ def _softmax(
 
 @gluon.jit
 def _consumer(  # noqa: PLR0915 (compiled code)
-    HALF: gl.constexpr, output, out_ring, lse_ptr, memory, heads, query_length, scale_log2,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    HALF: gl.constexpr, output, out_ring, lse_ptr, memory, sizes, heads, query_length, scale_log2,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of rows ``64 * HALF`` to ``64 * HALF + 63`` of its team's query tiles."""
     query_ring, key_ring, value_ring, facts, q_full, q_empty, k_full, v_full, kv_empty = memory
@@ -162,7 +172,7 @@ def _consumer(  # noqa: PLR0915 (compiled code)
                 columns = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
                 scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
             weights, peak, total, rescale = _softmax(
-                scores, peak, total, scale_log2, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT
+                scores, peak, total, scale_log2, sizes, slot, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT, SIZES
             )
             for _ in range(tiles - 1):
                 value_slot, phase = ring_place(step, STAGES)
@@ -176,9 +186,20 @@ def _consumer(  # noqa: PLR0915 (compiled code)
                 acc, scores = warpgroup_mma_wait(0, deps=[pending_acc, pending])
                 mbarrier.arrive(kv_empty.index(value_slot))
                 weights, peak, total, rescale = _softmax(
-                    scores, peak, total, scale_log2, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT
+                    scores,
+                    peak,
+                    total,
+                    scale_log2,
+                    sizes,
+                    slot,
+                    N,
+                    dtype,
+                    S_LAYOUT,
+                    T_LAYOUT,
+                    P_LAYOUT,
+                    SIZES,
                 )
-                acc = acc * gl.convert_layout(rescale, O_ROWS)[:, None]
+                acc = scaled(acc, gl.convert_layout(rescale, O_ROWS))
             value_slot, phase = ring_place(step, STAGES)
             mbarrier.wait(v_full.index(value_slot), phase)
             value_tile = value_ring.index(value_slot).reshape([N, D])
@@ -202,7 +223,7 @@ def _new_memory(
     sources, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr
 ):  # fmt: skip
     """Rings and barriers of a team. The producer arrives at "full" barriers, both consumers at "empty"."""
-    query_source, key_source, value_source = sources
+    query_source, key_source, value_source, _ = sources
     dtype: gl.constexpr = query_source.dtype
     query_ring = gl.allocate_shared_memory(dtype, [Q_STAGES * 2, 1, 1, 64, D], query_source.layout)
     key_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], key_source.layout)
@@ -224,6 +245,7 @@ def block_sparse_fwd_kernel_sm90_64(
     query_source,
     key_source,
     value_source,
+    sizes_source,
     output,
     lse_ptr,
     counts_ptr,
@@ -246,37 +268,40 @@ def block_sparse_fwd_kernel_sm90_64(
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
     MASK_N: gl.constexpr,
+    SIZES: gl.constexpr,
     C_REGISTERS: gl.constexpr,
     P_REGISTERS: gl.constexpr,
 ):
     """Team t of program p computes work item ``2 * p + t`` first, then whatever the counter gives."""
-    sources = (query_source, key_source, value_source)
+    sources = (query_source, key_source, value_source, sizes_source)
     lists = (counts_ptr, indices_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_ir)
     memory_0 = _new_memory(sources, D, N, STAGES, Q_STAGES)
     memory_1 = _new_memory(sources, D, N, STAGES, Q_STAGES)
+    sizes_0 = sizes_ring(sizes_source, memory_0[1], STAGES, SIZES)
+    sizes_1 = sizes_ring(sizes_source, memory_1[1], STAGES, SIZES)
     out_ring_0 = gl.allocate_shared_memory(output.dtype, [2, 1, 1, 64, D], output.layout)
     out_ring_1 = gl.allocate_shared_memory(output.dtype, [2, 1, 1, 64, D], output.layout)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consumer, (
-                0, output, out_ring_0, lse_ptr, memory_0, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES)),
+                0, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                1, output, out_ring_0, lse_ptr, memory_0, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES)),
+                1, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                0, output, out_ring_1, lse_ptr, memory_1, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES)),
+                0, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                1, output, out_ring_1, lse_ptr, memory_1, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES)),
+                1, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, scale_log2,
+                D, N, STAGES, Q_STAGES, SIZES)),
             (_producer, (
-                0, 2, sources, lists, memory_0, counter_ptr, items, row_tiles, heads, group, key_length,
-                D, N, STAGES, Q_STAGES, MASK_N)),
+                0, 2, sources, lists, memory_0, sizes_0, counter_ptr, items, row_tiles, heads, group,
+                key_length, D, N, STAGES, Q_STAGES, MASK_N, SIZES)),
             (_producer, (
-                1, 2, sources, lists, memory_1, counter_ptr, items, row_tiles, heads, group, key_length,
-                D, N, STAGES, Q_STAGES, MASK_N)),
+                1, 2, sources, lists, memory_1, sizes_1, counter_ptr, items, row_tiles, heads, group,
+                key_length, D, N, STAGES, Q_STAGES, MASK_N, SIZES)),
         ],
         [4, 4, 4, 1, 1],  # warps of the other consumers and of the producers
         [C_REGISTERS, C_REGISTERS, C_REGISTERS, P_REGISTERS, P_REGISTERS],

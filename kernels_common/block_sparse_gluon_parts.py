@@ -3,6 +3,9 @@
 A producer warp hands out work items from a counter, since lists differ in length, and passes what consumers
 must know of an item through a ring in shared memory: between two items they read nothing from global memory
 and divide nothing. Their output leaves through shared memory and a TMA copy, which the next item hides.
+
+Where keys have sizes, the values come multiplied by them, and sizes weigh the sum of weights alone. Scores
+stay as they are: to add logarithms would cost the softmax or the tensor cores more than they have to spare.
 """
 
 from triton.experimental import gluon
@@ -10,6 +13,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from kernels_common.triton_launch import LN_2
+
+SLACK = gl.constexpr(8.0)
+# An accumulator's numbers in a thread: two of one row, two of another, and so on.
+_ONE = "0f3F800000"
+_SCALE = gl.constexpr(
+    "{ .reg .pred p, q;"
+    f" setp.neu.f32 p, $64, {_ONE}; setp.neu.or.f32 p, $66, {_ONE}, p;"
+    " vote.sync.any.pred q, p, 0xffffffff; @!q bra DONE;"
+    + "".join(f" mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32))
+    + " DONE: }"
+)
+_SCALE_OPERANDS = gl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)] + ["r"] * 32))
 
 
 @gluon.jit
@@ -91,6 +106,47 @@ def put_end(facts, q_full, q_empty, work, SLOTS: gl.constexpr):
     mbarrier.wait(q_empty.index(slot), phase ^ 1)
     put_item(facts, slot, -1, 0, 0, 0, 0)
     mbarrier.arrive(q_full.index(slot))
+
+
+@gluon.jit
+def raised(peak, highest):
+    """What exponents are taken against from now on, ``[M]``, and the factor on older sums.
+
+    It stays until a score is ``SLACK`` above it in log2 units: sums may be taken against anything, and most
+    tiles then need no factor. Weights are at most ``2^SLACK``, which 16 bits hold.
+    """
+    new_peak = gl.where(highest > peak + SLACK, highest, peak)
+    return new_peak, exp2(peak - new_peak)
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """``acc * factor`` of a tile ``[64, D]`` and its rows ``[64]``; a warp with factors of 1 skips it."""
+    return gl.inline_asm_elementwise(
+        _SCALE, _SCALE_OPERANDS, [acc, factor[:, None]], dtype=gl.float32, is_pure=True, pack=32
+    )
+
+
+@gluon.jit
+def sizes_ring(source, other, BOXES: gl.constexpr, SIZES: gl.constexpr):
+    """Shared memory for the sizes of key tiles; without them ``other``, which nobody reads as such."""
+    if SIZES:
+        ring = gl.allocate_shared_memory(
+            gl.float32, [BOXES, 1, 1, 1, source.block_type.shape[3]], source.layout
+        )
+    else:
+        ring = other
+    return ring
+
+
+@gluon.jit
+def sized(weights, ring, box, N: gl.constexpr, S_LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+    """Weights ``[M, N]`` times the sizes of their keys, which begin in ``box`` of the ring."""
+    if SIZES:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        sizes = ring.index(box)._reinterpret(gl.float32, [N], layout)
+        weights = weights * sizes.load(gl.SliceLayout(0, S_LAYOUT))[None, :]
+    return weights
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ from kernels_common.block_sparse_reference import block_sparse_attention_referen
 from kernels_common.block_sparse_torch import block_sparse_attention_torch
 
 GPU_BACKENDS = ("triton", "gluon", "flash4")
-PLAIN_ONLY = ("gluon", "flex", "flash4")  # these take neither key_lengths nor bias nor causal
+PLAIN_ONLY = ("flex", "flash4")  # these take nothing but a mask
 
 
 @torch.library.custom_op("sparse_attn::block_sparse_attention", mutates_args=())
@@ -31,6 +31,7 @@ def block_sparse_attention_op(
     indices: torch.Tensor,
     key_lengths: torch.Tensor | None,
     bias: torch.Tensor | None,
+    key_sizes: torch.Tensor | None,
     query_order: torch.Tensor | None,
     key_order: torch.Tensor | None,
     query_block: int,
@@ -39,7 +40,7 @@ def block_sparse_attention_op(
     causal: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, Hq, Nq, D]`` and natural log-sum-exp ``[B, Hq, Nq]`` fp32; only Triton takes orders."""
+    """Output and log-sum-exp ``[B, Hq, Nq]`` fp32; orders are for Triton alone, sizes for Gluon."""
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
     block_size = (query_block, key_block)
@@ -56,6 +57,10 @@ def block_sparse_attention_op(
     if backend in PLAIN_ONLY:
         with _exact(query):
             return _plain_form(backend)(*tensors, *lists, block_size, scale=scale)
+    if backend == "gluon":
+        from kernels_common.block_sparse_gluon import block_sparse_attention_gluon
+
+        return block_sparse_attention_gluon(*tensors, *lists, block_size, scale=scale, key_sizes=key_sizes)
     from kernels_common.block_sparse_triton import block_sparse_attention_triton
 
     return block_sparse_attention_triton(
@@ -181,7 +186,11 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, _, _, query_block, key_block, scale, causal, backend = inputs  # copies have no orders
+    *tensors, key_sizes, _, _, query_block, key_block, scale, causal, backend = (
+        inputs  # copies have no orders
+    )
+    if key_sizes is not None:
+        tensors[-1] = key_sizes.log()  # the bias of the backward pass
     ctx.set_materialize_grads(False)  # the gradient of a log-sum-exp that nobody uses stays None
     ctx.save_for_backward(*tensors, *output)
     ctx.parameters = (query_block, key_block, scale, causal, backend)
@@ -193,7 +202,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_lse, query, key, value, output, lse, counts, indices, key_lengths, bias, *ctx.parameters,
     )  # fmt: skip
-    return *gradients, *(None,) * 11
+    return *gradients, *(None,) * 12
 
 
 block_sparse_attention_backward_op.register_autograd(_refuse_second_derivative)

@@ -72,10 +72,14 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_extras(
-    query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None, bias: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    key_sizes: torch.Tensor | None = None,
 ) -> None:
-    """Refuse key lengths and a bias that do not fit the tensors."""
-    given = {"key_lengths": key_lengths, "bias": bias}
+    """Refuse key lengths, a bias and sizes that do not fit the tensors."""
+    given = {"key_lengths": key_lengths, "bias": bias, "key_sizes": key_sizes}
     check_tensors_given(**{name: tensor for name, tensor in given.items() if tensor is not None})
     if key_lengths is not None and (
         key_lengths.shape != query.shape[:1]
@@ -98,4 +102,22 @@ def check_extras(
         raise LayoutError(
             f"bias must be floating [1 or {query.shape[0]}, {' or '.join(map(str, heads))}, "
             f"{key.shape[2]}] on {query.device}; got {tuple(bias.shape)} {bias.dtype} on {bias.device}"
+        )
+    heads = dict.fromkeys((1, key.shape[1]))
+    if key_sizes is not None and (
+        key_sizes.dim() != 3
+        or key_sizes.shape[0] not in (1, query.shape[0])
+        or key_sizes.shape[1] not in heads
+        or key_sizes.shape[2] != key.shape[2]
+        or key_sizes.dtype in (torch.bool, torch.complex64, torch.complex128)
+        or key_sizes.device != query.device
+    ):
+        raise LayoutError(
+            f"key_sizes must be numbers [1 or {query.shape[0]}, {' or '.join(map(str, heads))}, "
+            f"{key.shape[2]}] on {query.device}; got {tuple(key_sizes.shape)} {key_sizes.dtype} on "
+            f"{key_sizes.device}"
+        )
+    if key_sizes is not None and bias is not None:
+        raise UnsupportedCallError(
+            "block-sparse attention takes bias or key_sizes; add log(sizes) to the bias"
         )

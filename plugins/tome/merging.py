@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask
 from kernels_common import attend_blocks, gather_tokens
+from kernels_common.permutation import Tokens
 from kernels_common.triton_choice import runs_triton
 from plugins.tome.partition import Partition
 
@@ -43,10 +44,6 @@ class MergeMap:
         """Tokens that each merged token stands for, ``[B, H or 1, K]`` int32."""
         return self.starts.diff(dim=-1)
 
-    def bias(self) -> torch.Tensor:
-        """Natural logarithm of the counts, ``[B, H or 1, K]`` fp32, for the scores of merged keys."""
-        return self.counts().to(torch.float32).log()
-
     def groups(self) -> torch.Tensor:
         """The merged token that holds each token, ``[B, H or 1, S]`` int64."""
         places = torch.arange(self.length, dtype=torch.int32, device=self.order.device)
@@ -76,23 +73,40 @@ def make_merge_map(
         r (int): sources to merge, 0 to Ns.
         length (int): tokens of the sequence, S.
     """
-    merged = _most_similar(similarity, r)
+    merged = most_similar(similarity, r)
     sources = partition.sources
     shape, device = (*similarity.shape[:2], length), similarity.device
     stays = torch.ones(shape, dtype=torch.bool, device=device).index_copy_(-1, sources, ~merged)
-    group = stays.cumsum(-1, dtype=torch.int32) - 1  # of the tokens that stay
+    # As many stay in every head: their groups are counted, and all tokens sorted, as one row of all heads,
+    # which takes a GPU less time than row by row.
+    group = stays.flatten().cumsum(0, dtype=torch.int32).view(shape) - 1  # of the tokens that stay
     joined = group.gather(-1, partition.destinations[place])
     group.index_copy_(-1, sources, torch.where(merged, joined, group.index_select(-1, sources)))
-    ranks, order = (2 * group + ~stays).sort(dim=-1, stable=True)  # in every group first the one that stays
-    firsts = torch.arange(0, 2 * (length - r) + 1, 2, dtype=torch.int32, device=device)
-    starts = torch.searchsorted(ranks, firsts.expand(*shape[:2], -1).contiguous(), out_int32=True)
-    return MergeMap(order.to(torch.int32), starts)
+    ranks, order = (2 * group + ~stays).flatten().sort(stable=True)  # in every group first the one that stays
+    begins = torch.arange(0, len(order), length, dtype=torch.int32, device=device).view(*shape[:2], 1)
+    kept = length - r
+    firsts = torch.arange(0, 2 * kept * begins.numel() + 1, 2, dtype=torch.int32, device=device)
+    starts = torch.searchsorted(ranks, firsts, out_int32=True).unfold(0, kept + 1, kept)
+    return MergeMap(order.to(torch.int32).view(shape) - begins, starts.view(*shape[:2], -1) - begins)
 
 
-def _most_similar(similarity: torch.Tensor, r: int) -> torch.Tensor:
-    """The ``r`` sources of the largest similarity, ``[B, H or 1, Ns]`` bool; NaN counts as the largest."""
+def most_similar(similarity: torch.Tensor, r: int) -> torch.Tensor:
+    """The ``r`` sources of the largest similarity, the first of equals, ``[B, H or 1, Ns]`` bool.
+
+    NaN counts as the largest.
+    """
     if r == 0:
         return torch.zeros_like(similarity, dtype=torch.bool)
+    if runs_triton(similarity):
+        from plugins.tome.kernels import most_similar_triton, supports_choice
+
+        if supports_choice(similarity):
+            return most_similar_triton(similarity, r)
+    return most_similar_torch(similarity, r)
+
+
+def most_similar_torch(similarity: torch.Tensor, r: int) -> torch.Tensor:
+    """The plain form of `most_similar`, ``r`` at least 1."""
     similarity = similarity.nan_to_num(nan=float("inf"))
     threshold = similarity.topk(r, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, ties = similarity > threshold, similarity == threshold
@@ -100,25 +114,30 @@ def _most_similar(similarity: torch.Tensor, r: int) -> torch.Tensor:
     return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def merge_tokens(tokens: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:
+def merge_tokens(tokens: Tokens, merge_map: MergeMap) -> Tokens:
     """Mean of every group, summed in fp32.
 
+    Several tensors, such as key and value, are merged together: that is one launch on a GPU.
+
     Args:
-        tokens (Tensor): ``[B, H, S, D]``.
+        tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each, alike but for strides.
         merge_map (MergeMap): groups of S tokens.
 
     Returns:
-        Tensor: ``[B, H, K, D]`` in the dtype of ``tokens``.
+        Tensor or tuple[Tensor, ...]: ``[B, H, K, D]`` each, in the dtype of ``tokens``.
     """
-    if runs_triton(tokens):
-        from plugins.tome.kernels import group_means_triton
+    parts = tokens if isinstance(tokens, tuple) else (tokens,)
+    if runs_triton(parts[0]):
+        from plugins.tome.mean_kernels import group_means_triton
 
-        return group_means_triton(tokens, merge_map.order, merge_map.starts)
-    return merge_tokens_torch(tokens, merge_map)
+        merged = group_means_triton(parts, merge_map.order, merge_map.starts)
+    else:
+        merged = tuple(merge_tokens_torch(part, merge_map) for part in parts)
+    return merged if isinstance(tokens, tuple) else merged[0]
 
 
 def merge_tokens_torch(tokens: torch.Tensor, merge_map: MergeMap) -> torch.Tensor:
-    """The plain form of `merge_tokens`."""
+    """The plain form of `merge_tokens`, for one tensor."""
     batch, heads, _, head_dim = tokens.shape
     length = merge_map.merged_length
     rows = torch.arange(batch * heads, device=tokens.device).view(batch, heads, 1) * length
@@ -137,25 +156,26 @@ def merged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor,
+    counts: torch.Tensor,
     block_mask: BlockSparseMask | None = None,
 ) -> tuple[torch.Tensor, str]:
-    """Attention over merged keys: ``softmax(query key^T / sqrt(D) + bias) value``.
+    """Attention over merged keys: ``softmax(query key^T / sqrt(D) + log(counts)) value``.
 
     Args:
         query (Tensor): ``[B, Hq, Nq, D]``.
         key (Tensor): merged, ``[B, Hkv, K, D]``.
         value (Tensor): merged, ``[B, Hkv, K, D]``.
-        bias (Tensor): `MergeMap.bias`, ``[B, Hkv or 1, K]`` fp32.
+        counts (Tensor): `MergeMap.counts`, ``[B, Hkv or 1, K]`` int32.
         block_mask (BlockSparseMask, Optional): blocks of merged keys to look at. Default: all, by torch's own
-            kernel (the fastest on a CPU; on a GPU it would have the bias in memory once per query)
+            kernel (the fastest on a CPU; on a GPU it would have a logarithm in memory for every pair)
 
     Returns:
         tuple[Tensor, str]: ``[B, Hq, Nq, D]`` and the backend that ran, ``"sdpa"`` without a ``block_mask``.
     """
     if block_mask is not None:
-        result = attend_blocks(query, key, value, block_mask, bias=bias)
+        result = attend_blocks(query, key, value, block_mask, key_sizes=counts)
         return result.output, result.backend
+    bias = counts.to(torch.float32).log()
     groups = query.shape[1] // bias.shape[1]
     mask = (bias.repeat_interleave(groups, dim=1) if bias.shape[1] > 1 else bias)[:, :, None]
     output = F.scaled_dot_product_attention(

@@ -127,14 +127,14 @@ class TomeStrategy(AttentionStrategy):
         merge_map, cost = self._merge_map(query, key, value, context, plan.partition)
         if merge_map is None:
             return dense_result(query, key, value)
-        key, value = merge_tokens(key, merge_map), merge_tokens(value, merge_map)
+        key, value = merge_tokens((key, value), merge_map)
         kept = merge_map.merged_length / merge_map.length
         shares = {"merged_length": kept, "matching_cost": cost}
         query_map = merge_map.for_heads(query.shape[1])
         if self.parameters.merge_queries:
             query = merge_tokens(query, query_map)
         mask = None if query.device.type == "cpu" else plan.full_mask(query.shape[2], key.shape[2])
-        output, backend = merged_attention(query, key, value, merge_map.bias(), mask)
+        output, backend = merged_attention(query, key, value, merge_map.counts(), mask)
         if not self.parameters.merge_queries:
             return AttentionResult(output, kept, backend, shares)
         return AttentionResult(unmerge_tokens(output, query_map), kept**2, backend, shares)

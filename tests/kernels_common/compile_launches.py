@@ -17,7 +17,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from core import BlockSparseMask, LevelMask, TokenLayout
-from plugins.tome.kernels import best_destinations_triton
+from plugins.svg_smart.bands import band_patterns
+from plugins.svg_smart.kernels import sampled_errors
+from plugins.svg_smart.patterns import head_patterns
+from plugins.tome.kernels import best_destinations_triton, most_similar_triton
+from plugins.tome.mean_kernels import group_means_triton
 from plugins.tome.partition import make_partition
 
 CAPABILITY = int(sys.argv[1])
@@ -85,8 +89,14 @@ def operators(head_dim, dtype):
     yield "importance", partial(importance, query, query, (32, 32), 0.1, maximum=False)
     rows, numbers = torch.rand(1, 2, 8, 8), torch.ones(1, 8, dtype=torch.int32)
     yield "choice of blocks", partial(module("selection_triton").select_top_k_triton, rows, numbers, None)
-    partition = make_partition(TokenLayout(0, 2, 20, 25), (1, 2, 2), seed=0, local=False)
+    layout = TokenLayout(0, 2, 20, 25)
+    partition = make_partition(layout, (1, 2, 2), seed=0, local=False)
     yield "matching", partial(best_destinations_triton, query, query, partition)
+    yield "choice of sources", partial(most_similar_triton, torch.rand(1, 2, 900), 300)
+    groups = torch.arange(LENGTH, dtype=torch.int32).expand(1, 2, -1)
+    yield "means of groups", partial(group_means_triton, (query, query), groups, groups)
+    patterns = head_patterns(band_patterns(layout, density=0.5, sink=False, block=128, keep="fraction"))
+    yield "judged rows", partial(sampled_errors, *tokens, order[:32], patterns)
     for precision in ("int8_fp16", "int8_fp8") if CAPABILITY >= 89 else ("int8_fp16",):
         call = partial(quantized, *tokens, *lists, scale=0.1, quantization=precision)
         yield precision, call

@@ -39,7 +39,10 @@ class Call:
         query = self.query.double()
         key, value = (part.double().repeat_interleave(group, 1) for part in (self.key, self.value))
         scores = query @ key.transpose(2, 3) * self.extras.get("scale", query.shape[-1] ** -0.5)
-        if (bias := self.extras.get("bias")) is not None:
+        bias = self.extras.get("bias")
+        if (sizes := self.extras.get("key_sizes")) is not None:
+            bias = sizes.double().log()
+        if bias is not None:
             scores += bias.double().repeat_interleave(query.shape[1] // bias.shape[1], 1)[:, :, None]
         kept = self.mask.to_dense().expand(scores.shape).clone()
         for entry, length in enumerate(self.extras.get("key_lengths", ())):
@@ -144,6 +147,16 @@ def test_key_bias(make_call, generator, device, backend, bias_shape, dtype_):
     bias = torch.randint(1, 9, (*bias_shape, 200), generator=generator).log().to(device)
     bias[..., 10:40] = float("-inf")
     call.extras = {"bias": bias, "scale": 0.2}
+    call.check(backend)
+
+
+@pytest.mark.parametrize("dtype_", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("sizes_dtype", [torch.int32, torch.float64], ids=["int32", "fp64"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_key_sizes(make_call, generator, device, backend, shape, sizes_dtype, dtype_):
+    call = make_call(130, 200, heads=4, kv_heads=2, dtype=dtype_)
+    sizes = torch.randint(1, 300, (*shape, 200), generator=generator).to(device, sizes_dtype)
+    call.extras = {"key_sizes": sizes, "scale": 0.2}
     call.check(backend)
 
 

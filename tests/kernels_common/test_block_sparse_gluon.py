@@ -7,12 +7,13 @@ from core import BlockSparseMask, UnsupportedCallError
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="needs triton with Gluon")
 
-from kernels_common.block_sparse_attention import block_sparse_attention, resolve_backend
+from kernels_common.block_sparse_attention import attend_blocks, block_sparse_attention, resolve_backend
 from kernels_common.block_sparse_gluon import (
     block_sparse_attention_gluon,
     gluon_obstacle,
     prefers_gluon,
 )
+from kernels_common.block_sparse_gluon_sizes import sized_values
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -23,23 +24,28 @@ OUTPUT_TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 LSE_TOLERANCE = 2.0**-13
 
 
-def _attention(query, key, value, mask):
+def _attention(query, key, value, mask, sizes=None):
     group = query.shape[1] // key.shape[1]
     key, value = (part.float().repeat_interleave(group, 1) for part in (key, value))
     scores = (query.float() @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    if sizes is not None:
+        scores += (
+            sizes.double().log().float().repeat_interleave(query.shape[1] // sizes.shape[1], 1)[:, :, None]
+        )
     scores.masked_fill_(~mask.to_dense(), float("-inf"))
     return torch.softmax(scores, -1).nan_to_num(0.0) @ value, torch.logsumexp(scores, -1)
 
 
-def _run(query, key, value, mask):
+def _run(query, key, value, mask, sizes=None):
+    scale = query.shape[-1] ** -0.5
     return block_sparse_attention_gluon(
-        query, key, value, mask.counts, mask.indices, mask.block_size, scale=query.shape[-1] ** -0.5
+        query, key, value, mask.counts, mask.indices, mask.block_size, scale=scale, key_sizes=sizes
     )
 
 
-def _check(query, key, value, mask):
-    output, lse = _run(query, key, value, mask)
-    expected_output, expected_lse = _attention(query, key, value, mask)
+def _check(query, key, value, mask, sizes=None):
+    output, lse = _run(query, key, value, mask, sizes)
+    expected_output, expected_lse = _attention(query, key, value, mask, sizes)
     empty = expected_lse.isneginf()
     assert torch.equal(lse.isneginf(), empty)
     assert not output[empty].any()
@@ -86,6 +92,82 @@ def test_lengths_blocks_and_dtypes(make_call, lengths, block, head_dim, dtype):
 def test_programs_that_walk_many_tiles(make_call, density, head_dim, block):
     for _ in range(3):  # a race shows as an error that moves
         _check(*make_call(1700, 1900, batch=2, heads=24, block=block, head_dim=head_dim, density=density))
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_rise_from_tile_to_tile(make_call, head_dim):
+    """Lists are walked from their end: earlier keys are larger, by steps below and above the slack."""
+    for step in (0.5, 3.0, 12.0):
+        query, key, value, mask = make_call(300, 640, head_dim=head_dim, density=1.0)
+        query[..., 0], key[..., 0] = head_dim**0.5, step * torch.arange(640, 0, -1, device=key.device) / 64
+        _check(query, key, value, mask)
+
+
+@pytest.fixture
+def make_sizes(generator, device):
+    def make(batch, heads, length, largest=300):
+        sizes = torch.randint(1, largest, (batch, heads, length), generator=generator)
+        sizes[torch.rand(batch, heads, length, generator=generator) < 0.5] = 1
+        return sizes.to(device, torch.int32)
+
+    return make
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [128, 64])
+@pytest.mark.parametrize("lengths", [(1, 63), (200, 200), (257, 641), (1700, 1900)], ids=str)
+def test_sizes(make_call, make_sizes, lengths, block, head_dim, dtype):
+    query, key, value, mask = make_call(
+        *lengths, block=block, head_dim=head_dim, dtype=dtype, batch=2, heads=6, kv_heads=2
+    )
+    for shape in ((1, 1), (2, 2), (2, 1), (1, 2)):
+        _check(query, key, value, mask, make_sizes(*shape, lengths[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
+def test_values_times_sizes(device, generator, poisoned_memory, dtype, shape):
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter computes bf16 wrongly; runs on a GPU")
+    value = torch.randn(2, 150, 3, 128, generator=generator).to(device, dtype).transpose(1, 2)
+    value[:, 1] *= 100
+    sizes = torch.randint(1, 15000, (*shape, 150), generator=generator, dtype=torch.int32).to(device)
+    found = sized_values(value, sizes)
+    divisor = torch.ones(2, 3, device=device, dtype=torch.float64)
+    if dtype == torch.float16:
+        divisor = found.log_divisor.double().exp()
+        assert (divisor[:, 1] > 10).all() and found.value.isfinite().all()
+    else:
+        assert found.log_divisor is None
+    exact = sizes.double().expand(2, 3, -1) / divisor[..., None]
+    assert found.sizes.shape == (2, 3, 1, 192) and not found.sizes[..., 150:].any()
+    assert ((found.sizes[:, :, 0, :150] - exact).abs() <= 2.0**-21 * exact).all()
+    products = value.double() * exact[..., None]
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    assert ((found.value.double() - products).abs() <= rounding * products.abs() + 2.0**-24).all()
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_products_of_values_and_sizes_fit_into_fp16(make_call, make_sizes, head_dim):
+    query, key, value, mask = make_call(300, 1500, head_dim=head_dim, dtype=torch.float16)
+    value[:, 0] *= 100  # one head alone
+    sizes = make_sizes(1, 2, 1500, largest=15000)
+    _check(query, key, value, mask, sizes)
+    _check(query, key, value, mask, sizes[:, :1])
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_sizes_of_many_tiles_repeat_bit_for_bit(make_call, make_sizes, head_dim):
+    query, key, value, mask = make_call(1700, 1900, batch=2, heads=24, head_dim=head_dim, density=1.0)
+    sizes = make_sizes(2, 24, 1900)
+    first = _run(query, key, value, mask, sizes)
+    for _ in range(20):
+        assert all(map(torch.equal, _run(query, key, value, mask, sizes), first))
 
 
 @needs_hopper
@@ -184,3 +266,26 @@ def test_the_operator_runs_it_on_request(make_call):
     output, lse = block_sparse_attention(query, key, value, mask, backend="gluon", return_lse=True)
     expected_output, expected_lse = _run(query, key, value, mask)
     assert torch.equal(output, expected_output) and torch.equal(lse, expected_lse)
+
+
+@needs_hopper
+def test_the_operator_runs_it_with_sizes(make_call, make_sizes):
+    query, key, value, mask = make_call(300, 500)
+    sizes = make_sizes(1, 2, 500)
+    result = attend_blocks(query, key, value, mask, key_sizes=sizes, return_lse=True)
+    expected_output, expected_lse = _run(query, key, value, mask, sizes)
+    assert result.backend == "gluon"
+    assert torch.equal(result.output, expected_output) and torch.equal(result.lse, expected_lse)
+
+
+@needs_hopper
+def test_gradients_with_sizes(make_call, make_sizes):
+    query, key, value, mask = (*make_call(300, 500, density=1.0),)
+    sizes = make_sizes(1, 2, 500)
+    gradients = []
+    for extra in ({"key_sizes": sizes}, {"bias": sizes.float().log()}):
+        inputs = [part.detach().clone().requires_grad_() for part in (query, key, value)]
+        output = block_sparse_attention(*inputs, mask, **extra)
+        gradients.append(torch.autograd.grad(output.float().square().sum(), inputs))
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).float().norm() <= 2.0**-6 * other.float().norm()

@@ -105,6 +105,14 @@ def test_a_bias_belongs_to_the_token(make_tokens, make_orders, mask, backend, ge
     check(make_tokens(), mask, backend, bias=bias, **make_orders(kind))
 
 
+def test_sizes_belong_to_the_token(make_tokens, make_orders, mask, backend, generator, device):
+    sizes = torch.randint(1, 300, (BATCH, KV_HEADS, KEYS), generator=generator).to(device)
+    tokens, orders = make_tokens(), make_orders()
+    output = block_sparse_attention(*tokens, mask, backend=backend, key_sizes=sizes, **orders)
+    same = block_sparse_attention(*tokens, mask, backend=backend, bias=sizes.float().log(), **orders)
+    assert torch.equal(output, same)
+
+
 def test_strided_tokens_and_orders(make_tokens, make_orders, mask, backend):
     tokens = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in make_tokens()]
     orders = {name: torch.stack([order, order], -1)[..., 0] for name, order in make_orders().items()}

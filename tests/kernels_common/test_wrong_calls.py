@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from core import BlockSparseMask, LayoutError, LevelMask, ParameterError
+from core import BlockSparseMask, LayoutError, LevelMask, ParameterError, UnsupportedCallError
 from kernels_common import (
     attend_blocks,
     block_means,
@@ -67,6 +67,22 @@ CALLS = {
     ),
     "key lengths in a list": (lambda: sparse(key_lengths=[4]), LayoutError, "key_lengths must be a tensor"),
     "a bias in a list": (lambda: sparse(bias=[1.0]), LayoutError, "bias must be a tensor"),
+    "sizes in a list": (lambda: sparse(key_sizes=[1]), LayoutError, "key_sizes must be a tensor"),
+    "sizes of half the keys": (
+        lambda: sparse(key_sizes=torch.ones(1, 1, 64)),
+        LayoutError,
+        r"key_sizes must be numbers .* got \(1, 1, 64\)",
+    ),
+    "yes and no as sizes": (
+        lambda: sparse(key_sizes=torch.ones(1, 1, TOKENS.shape[2], dtype=torch.bool)),
+        LayoutError,
+        "got .* torch.bool",
+    ),
+    "sizes and a bias": (
+        lambda: sparse(key_sizes=torch.ones(1, 1, TOKENS.shape[2]), bias=torch.zeros(1, 1, TOKENS.shape[2])),
+        UnsupportedCallError,
+        "bias or key_sizes",
+    ),
     "a threshold in a list": (
         lambda: attend_blocks(TOKENS, TOKENS, TOKENS, MASK, skip_threshold=[1.0]),
         LayoutError,

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from core import AttentionContext, TokenLayout
-from plugins.tome.kernels import MatchConfig, MeanConfig, best_destinations_triton, group_means_triton
+from plugins.tome.kernels import MatchConfig, best_destinations_triton, most_similar_triton, near_triton
 from plugins.tome.matching import best_destinations_torch
-from plugins.tome.merging import make_merge_map, merge_tokens_torch
+from plugins.tome.mean_kernels import MeanConfig, group_means_triton
+from plugins.tome.merging import make_merge_map, merge_tokens_torch, most_similar_torch
 from plugins.tome.partition import make_partition
 from plugins.tome.strategy import TomeStrategy
 
@@ -68,17 +69,66 @@ def test_matching_of_other_head_dims_and_memory_orders(make_tokens, head_dim):
     check_matching(key, value, LAYOUT, local=False)
 
 
-def test_matching_over_several_tiles(make_tokens):
-    """More destinations than a step holds, more sources than a tile, and text behind the video."""
+def test_matching_over_several_tiles(make_tokens, dtype):
+    """More destinations than a step holds, more sources than a program, and text behind the video."""
     layout = TokenLayout(3, 3, 6, 13, text_first=False)
-    key, value = (make_tokens(layout, torch.float32, batch=1, heads=1, head_dim=16) for _ in range(2))
-    check_matching(key, value, layout, local=False)
-    check_matching(key, value, layout, local=True, config=MatchConfig(tile_c=16))
+    key, value = (make_tokens(layout, dtype, batch=1, heads=1, head_dim=16) for _ in range(2))
+    for tiles in (1, 2):
+        check_matching(key, value, layout, local=False, config=MatchConfig(tile_c=16, tiles=tiles))
+    check_matching(key, value, layout, local=True, config=MatchConfig(tile_c=16, tiles=2))
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_the_first_of_equal_destinations_is_taken(make_tokens, local):
-    key, value = (make_tokens(LAYOUT, torch.float32).sign() for _ in range(2))
+def test_destinations_that_all_point_away(make_tokens, dtype, local):
+    """Similarities below zero, more than one step of them: what fills up the last is never found."""
+    layout = TokenLayout(3, 3, 6, 13)
+    key = make_tokens(layout, dtype).abs() + 0.5
+    partition = make_partition(layout, CELL, seed=1, local=local)
+    key[:, :, partition.destinations] *= -1
+    check_matching(key, None, layout, local=local, config=MatchConfig(tile_c=16))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("with_values", [False, True])
+def test_what_is_no_number_finds_some_destination(make_tokens, dtype, with_values):
+    layout = TokenLayout(3, 3, 6, 13)
+    key, value = make_tokens(layout, dtype), make_tokens(layout, dtype)
+    partition = make_partition(layout, CELL, seed=1, local=False).to(key.device)
+    key[:, :, partition.sources[::3], 0] = float("nan")
+    key[:, 1:, partition.destinations[::2]] = float("inf")
+    value[:, :, partition.sources[1::3]] = float("-inf")
+    for part in (key, value):
+        part[:, 0, partition.destinations] = float("nan")
+    values = value if with_values else None
+    _, place = best_destinations_triton(key, values, partition, config=MatchConfig(tile_c=16))
+    assert ((place >= 0) & (place < len(partition.destinations))).all()
+
+
+@pytest.mark.parametrize("head_dim", [16, 40])
+def test_destinations_are_gathered_with_their_lengths(make_tokens, dtype, head_dim):
+    key = make_tokens(LAYOUT, dtype, head_dim=head_dim, transposed=True)
+    value = make_tokens(LAYOUT, dtype, head_dim=head_dim)
+    partition = make_partition(LAYOUT, CELL, seed=1, local=False).to(key.device)
+    near = near_triton((key, value), partition.destinations, 16)
+    filling = partition.destinations[:1].expand(-len(partition.destinations) % 16)
+    tokens = torch.cat([partition.destinations, filling])
+    assert len(filling) and near.scale.shape[2] == len(tokens)
+    wide = []
+    for part, found in zip((key, value), near.tokens, strict=True):
+        assert torch.equal(found, part[:, :, tokens])
+        wide.append(part[:, :, tokens].double().norm(dim=-1))
+    for parts, length in zip(near.lengths.double().split(8, dim=-1), wide, strict=True):
+        high, same, middle, again, low, once_more, *unused = parts.unbind(-1)
+        assert ((high + middle + low - length).abs() <= 2.0**-21 * length).all()
+        assert torch.equal(high, same) and torch.equal(high, once_more) and torch.equal(middle, again)
+        assert not any(column.any() for column in unused)
+    expected = 1 / (2 * (wide[0].square() + wide[1].square())).sqrt()
+    assert ((near.scale - expected).abs() <= 2.0**-20 * expected).all()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_first_of_equal_destinations_is_taken(make_tokens, dtype, local):
+    key, value = (make_tokens(LAYOUT, dtype).sign() for _ in range(2))
     partition = make_partition(LAYOUT, CELL, seed=1, local=local).to(key.device)
     for part in (key, value):
         part[:, :, partition.destinations[1::2]] = part[:, :, partition.destinations[1:2]]
@@ -117,11 +167,25 @@ def make_map(generator, device):
     return make
 
 
+@pytest.mark.parametrize("count", [5, 1000, 1024])
+def test_the_choice_of_sources_equals_the_plain_form(generator, device, count):
+    similarity = torch.randn(2, 3, count, generator=generator).clamp(-1, 1)
+    similarity[0, 0] = torch.randint(-2, 3, (count,), generator=generator) / 2
+    similarity[0, 1] = similarity[0, 1].abs()
+    similarity[0, 2, ::2] = 0.0
+    similarity[1, 0, 1::2] = -0.0
+    similarity[1, 1, ::3] = float("nan")
+    similarity[1, 2, ::3] = float("-inf")
+    similarity = similarity.to(device)
+    for r in (1, count // 2, count - 1, count):
+        assert torch.equal(most_similar_triton(similarity, r), most_similar_torch(similarity, r))
+
+
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("r", [1, 30])
 def test_means_equal_the_plain_form(make_tokens, make_map, dtype, r, crowded):
     tokens, merge_map = make_tokens(LAYOUT, dtype), make_map(LAYOUT, r, crowded=crowded)
-    merged = group_means_triton(tokens, merge_map.order, merge_map.starts)
+    (merged,) = group_means_triton((tokens,), merge_map.order, merge_map.starts)
     expected = merge_tokens_torch(tokens.double(), merge_map)
     rounding = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
     assert merged.dtype == dtype and merged.is_contiguous()
@@ -130,13 +194,26 @@ def test_means_equal_the_plain_form(make_tokens, make_map, dtype, r, crowded):
     assert torch.equal(merged[alone], merge_tokens_torch(tokens, merge_map)[alone])
 
 
-@pytest.mark.parametrize("config", [MeanConfig(1, 4, 1), MeanConfig(64, 1, 4)], ids=str)
-def test_means_of_other_tiles_memory_orders_and_one_map_for_all_heads(make_tokens, make_map, config):
+CONFIGS = [MeanConfig(1, 4, 1, 16), MeanConfig(64, 1, 2, 4), MeanConfig(8, 4, 8, 8), MeanConfig(8, 2, 1000)]
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_means_of_other_tiles_memory_orders_and_one_map_for_all_heads(make_tokens, make_map, config, crowded):
     tokens = make_tokens(LAYOUT, torch.float32, heads=3, head_dim=40, transposed=True)
-    merge_map = make_map(LAYOUT, 30, heads=1)
-    merged = group_means_triton(tokens, merge_map.order, merge_map.starts, config=config)
+    merge_map = make_map(LAYOUT, 30, heads=1, crowded=crowded)
+    (merged,) = group_means_triton((tokens,), merge_map.order, merge_map.starts, config=config)
     expected = merge_tokens_torch(tokens.double(), merge_map)
     assert (merged - expected).abs().max() < 2.0**-20
+
+
+def test_means_of_several_tensors_are_those_of_each(make_tokens, make_map):
+    tokens = tuple(make_tokens(LAYOUT, torch.float32, transposed=transposed) for transposed in (False, True))
+    merge_map = make_map(LAYOUT, 30)
+    merged = group_means_triton(tokens, merge_map.order, merge_map.starts)
+    assert len(merged) == 2
+    for part, found in zip(tokens, merged, strict=True):
+        assert torch.equal(found, group_means_triton((part,), merge_map.order, merge_map.starts)[0])
 
 
 @on_gpu
@@ -203,10 +280,11 @@ def test_two_equal_calls_give_equal_bits(make_tokens):
 
 @on_gpu
 def test_new_lengths_do_not_recompile(make_tokens):
-    from plugins.tome import kernels
+    from plugins.tome.kernels import best_destination_kernel, near_kernel
+    from plugins.tome.mean_kernels import group_mean_kernel
 
     def compiled():
-        functions = (kernels.best_destination_kernel, kernels.group_mean_kernel)
+        functions = (near_kernel, best_destination_kernel, group_mean_kernel)
         return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
 
     def run(layout):
