@@ -7,6 +7,7 @@ the same for those who want nothing but the output.
 from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 
 from core.argument_checks import check_causal, check_tensors_given
 from core.block_mask import BlockSparseMask
@@ -119,9 +120,10 @@ def block_sparse_attention(
             keys of batch entry b take part. Trusted; what lies past them must be finite. Default: all
         bias (Tensor, Optional): ``[B or 1, 1 or Hkv or Hq, Nk]`` floats added to the scaled scores of every
             query, in natural log units, -inf for a key to leave out. Used in fp32. Default: none
-        key_sizes (Tensor, Optional): ``[B or 1, 1 or Hkv, Nk]`` numbers >= 1: how many tokens every key and
-            value is the mean of. They count as so many (proportional attention, ToMe, arXiv 2210.09461), as
-            with a bias of ``log(key_sizes)``, faster on Hopper. Not with ``bias``; trusted. Default: one each
+        key_sizes (Tensor, Optional): ``[B or 1, 1 or Hkv, 0 to Nk]`` numbers >= 1: how many tokens each of
+            the first keys and its value are the mean of; the others stand for one. They count as so many
+            (proportional attention, ToMe, arXiv 2210.09461), as with a bias of ``log(key_sizes)``, which is
+            slower on Hopper. Not with ``bias``; trusted. Default: one each
         query_order (Tensor, Optional): permutation ``[Nq]`` or ``[B or 1, Hq or 1, Nq]``, int32 or int64: the
             mask is about a sequence whose place i holds query ``query_order[i]``. Output and log-sum-exp stay
             in the order of ``query``. It is trusted. Not with ``causal`` or ``key_lengths``. Default: places
@@ -192,10 +194,14 @@ def attend_blocks(
     check_causal(causal)
     orders = TokenOrders(query_order, key_order)
     check_orders(query, key, orders, key_lengths, causal)
+    if key_sizes is not None and key_sizes.shape[2] == 0:
+        key_sizes = None
     features = _features(query, key_lengths, bias, key_sizes, causal, quantization, skip_threshold)
     _check_gradients(query, key, value, bias, features)
     scale = resolve_scale(scale, query.shape[3])
     backend = resolve_backend(query, block_mask, backend, features)
+    if key_sizes is not None and (backend != "gluon" or orders.key is not None):
+        key_sizes = F.pad(key_sizes, (0, key.shape[2] - key_sizes.shape[2]), value=1)
     if key_sizes is not None and backend != "gluon":
         bias, key_sizes = key_sizes.to(torch.promote_types(query.dtype, torch.float32)).log(), None
     bias, key_sizes = gather_bias(bias, orders), gather_bias(key_sizes, orders)

@@ -106,13 +106,14 @@ def block_sparse_attention_gluon(
     box = (tile_n, head_dim) if block_size[1] >= tile_n else (64, 64)
     # Without sizes the kernels do not read them.
     size_boxes = _boxes(value, *box) if sized is None else _boxes(sized.sizes, 1, box[0], swizzle=0)
+    sized_blocks = 0 if key_sizes is None else triton.cdiv(key_sizes.shape[2], block_size[1])
     with torch.cuda.device_of(query):
         counter = torch.zeros(1, dtype=torch.int32, device=query.device)
         kernel[(min(triton.cdiv(items, teams), processors),)](
             _boxes(query, 64, head_dim), _boxes(key, *box), _boxes(value, *box), size_boxes,
             _boxes(target, 64, head_dim), lse, counts, indices, counter, *list_strides(counts)[:2],
             *list_strides(indices)[:3], items, row_tiles, heads, heads // key.shape[1],
-            queries, key.shape[2], scale * LOG2_E.value,
+            queries, key.shape[2], triton.cdiv(sized_blocks * block_size[1], tile_n), scale * LOG2_E.value,
             D=head_dim, N=tile_n, STAGES=module.STAGES, Q_STAGES=module.QUERY_STAGES, MASK_N=block_size[1],
             SIZES=sized is not None, **options, num_warps=4,
         )  # fmt: skip

@@ -170,18 +170,14 @@ def _softmax(
 
 @gluon.jit
 def _walk(
-    scores, acc, peak, total, query_tile, rings, sizes, barriers, step, tiles, scale_log2,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr, SIZES: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    weights_16, acc, peak, total, query_tile, rings, sizes, barriers, step, tiles, scale_log2,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr, S_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles of a list, all but PV of the last tile, whose weights are returned."""
+    """PV of a tile and the softmax of the next one, ``tiles`` times; the weights of the last are returned."""
     _, key_ring, value_ring = rings
     _, _, k_full, k_empty, v_full, v_empty = barriers
-    weights, peak, total, rescale = _softmax(
-        scores, peak, total, scale_log2, sizes, step, N, PAIRED, S_LAYOUT, SIZES
-    )
-    weights_16 = gl.convert_layout(weights.to(key_ring.dtype), P_LAYOUT)
-    for _ in range(tiles - 1):
+    for _ in range(tiles):
         value_slot, value_phase = ring_place(step, STAGES)
         step += 1
         slot, phase = ring_place(step, STAGES)
@@ -201,13 +197,13 @@ def _walk(
         mbarrier.arrive(v_empty.index(value_slot))
         weights_16 = gl.convert_layout(weights.to(key_ring.dtype), P_LAYOUT)
         acc = scaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT)))
-    return acc, peak, total, weights_16, step
+    return weights_16, acc, peak, total, step
 
 
 @gluon.jit
-def _consumer(
+def _consumer(  # noqa: PLR0915 (compiled code)
     HALF: gl.constexpr, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length,
-    scale_log2,
+    sized_tiles, scale_log2,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
     SIZES: gl.constexpr,
 ):  # fmt: skip
@@ -236,9 +232,20 @@ def _consumer(
             if valid < N:
                 columns = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
                 scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
-            acc, peak, total, weights_16, step = _walk(
-                scores, acc, peak, total, query_tile, rings, sizes, barriers, step, tiles, scale_log2,
-                D, N, STAGES, PAIRED, SIZES, S_LAYOUT, O_LAYOUT, P_LAYOUT)  # fmt: skip
+            weights, peak, total, _rescale = _softmax(
+                scores, peak, total, scale_log2, sizes, step, N, PAIRED, S_LAYOUT, SIZES
+            )
+            weights_16 = gl.convert_layout(weights.to(key_ring.dtype), P_LAYOUT)
+            # Keys with sizes stand at the start of a list and come last.
+            with_sizes = gl.minimum(sized_tiles, tiles - 1) if SIZES else 0
+            plain = tiles - 1 - with_sizes
+            weights_16, acc, peak, total, step = _walk(
+                weights_16, acc, peak, total, query_tile, rings, sizes, barriers, step, plain,
+                scale_log2, D, N, STAGES, PAIRED, S_LAYOUT, O_LAYOUT, P_LAYOUT, False)  # fmt: skip
+            if SIZES:
+                weights_16, acc, peak, total, step = _walk(
+                    weights_16, acc, peak, total, query_tile, rings, sizes, barriers, step, with_sizes,
+                    scale_log2, D, N, STAGES, PAIRED, S_LAYOUT, O_LAYOUT, P_LAYOUT, True)  # fmt: skip
         query_slot = ring_place(work, Q_STAGES)[0]
         mbarrier.arrive(q_empty.index(query_slot))
 
@@ -271,7 +278,7 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_ir",
-        "items", "row_tiles", "heads", "group", "query_length", "key_length", "scale_log2",
+        "items", "row_tiles", "heads", "group", "query_length", "key_length", "sized_tiles", "scale_log2",
     ]
 )  # fmt: skip
 def block_sparse_fwd_kernel_sm90(
@@ -295,6 +302,7 @@ def block_sparse_fwd_kernel_sm90(
     group,
     query_length,
     key_length,
+    sized_tiles,
     scale_log2,
     D: gl.constexpr,
     N: gl.constexpr,
@@ -327,11 +335,11 @@ def block_sparse_fwd_kernel_sm90(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, paired, SIZES)),
+                0, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, paired, SIZES)),
             (_consumer, (
-                1, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, paired, SIZES)),
+                1, output, out_ring, lse_ptr, rings, sizes, facts, barriers, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, paired, SIZES)),
             (_producer, (
                 sources, lists, rings, sizes, facts, barriers, counter_ptr, items, row_tiles, heads, group,
                 key_length, D, N, STAGES, Q_STAGES, MASK_N, SIZES)),

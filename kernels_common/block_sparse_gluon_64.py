@@ -138,8 +138,36 @@ def _softmax(
 
 
 @gluon.jit
-def _consumer(  # noqa: PLR0915 (compiled code)
-    HALF: gl.constexpr, output, out_ring, lse_ptr, memory, sizes, heads, query_length, scale_log2,
+def _walk(
+    weights, acc, peak, total, query_tile, memory, sizes, step, tiles, scale_log2,
+    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
+    """PV of a tile and the softmax of the next one, ``tiles`` times; the weights of the last are returned."""
+    _, key_ring, value_ring, _, _, _, k_full, v_full, kv_empty = memory
+    dtype: gl.constexpr = key_ring.dtype
+    for _ in range(tiles):
+        value_slot, phase = ring_place(step, STAGES)
+        mbarrier.wait(v_full.index(value_slot), phase)
+        value_tile = value_ring.index(value_slot).reshape([N, D])
+        pending_acc = warpgroup_mma(weights, value_tile, acc, is_async=True)
+        step += 1
+        slot, phase = ring_place(step, STAGES)
+        mbarrier.wait(k_full.index(slot), phase)
+        pending = _start_scores(query_tile, key_ring, slot, D, N, S_LAYOUT)
+        acc, scores = warpgroup_mma_wait(0, deps=[pending_acc, pending])
+        mbarrier.arrive(kv_empty.index(value_slot))
+        weights, peak, total, rescale = _softmax(
+            scores, peak, total, scale_log2, sizes, slot, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT, SIZES
+        )
+        acc = scaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT)))
+    return weights, acc, peak, total, step
+
+
+@gluon.jit
+def _consumer(
+    HALF: gl.constexpr, output, out_ring, lse_ptr, memory, sizes, heads, query_length, sized_tiles,
+    scale_log2,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of rows ``64 * HALF`` to ``64 * HALF + 63`` of its team's query tiles."""
@@ -148,7 +176,6 @@ def _consumer(  # noqa: PLR0915 (compiled code)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     T_LAYOUT: gl.constexpr = gl.DistributedLinearLayout(  # rows as in S_LAYOUT, a column per thread of a row
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
@@ -171,35 +198,19 @@ def _consumer(  # noqa: PLR0915 (compiled code)
             if valid < N:
                 columns = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
                 scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
-            weights, peak, total, rescale = _softmax(
+            weights, peak, total, _rescale = _softmax(
                 scores, peak, total, scale_log2, sizes, slot, N, dtype, S_LAYOUT, T_LAYOUT, P_LAYOUT, SIZES
             )
-            for _ in range(tiles - 1):
-                value_slot, phase = ring_place(step, STAGES)
-                mbarrier.wait(v_full.index(value_slot), phase)
-                value_tile = value_ring.index(value_slot).reshape([N, D])
-                pending_acc = warpgroup_mma(weights, value_tile, acc, is_async=True)
-                step += 1
-                slot, phase = ring_place(step, STAGES)
-                mbarrier.wait(k_full.index(slot), phase)
-                pending = _start_scores(query_tile, key_ring, slot, D, N, S_LAYOUT)
-                acc, scores = warpgroup_mma_wait(0, deps=[pending_acc, pending])
-                mbarrier.arrive(kv_empty.index(value_slot))
-                weights, peak, total, rescale = _softmax(
-                    scores,
-                    peak,
-                    total,
-                    scale_log2,
-                    sizes,
-                    slot,
-                    N,
-                    dtype,
-                    S_LAYOUT,
-                    T_LAYOUT,
-                    P_LAYOUT,
-                    SIZES,
-                )
-                acc = scaled(acc, gl.convert_layout(rescale, O_ROWS))
+            # Keys with sizes stand at the start of a list and come last.
+            with_sizes = gl.minimum(sized_tiles, tiles - 1) if SIZES else 0
+            plain = tiles - 1 - with_sizes
+            weights, acc, peak, total, step = _walk(
+                weights, acc, peak, total, query_tile, memory, sizes, step, plain, scale_log2,
+                D, N, STAGES, S_LAYOUT, T_LAYOUT, O_LAYOUT, P_LAYOUT, False)  # fmt: skip
+            if SIZES:
+                weights, acc, peak, total, step = _walk(
+                    weights, acc, peak, total, query_tile, memory, sizes, step, with_sizes, scale_log2,
+                    D, N, STAGES, S_LAYOUT, T_LAYOUT, O_LAYOUT, P_LAYOUT, True)  # fmt: skip
             value_slot, phase = ring_place(step, STAGES)
             mbarrier.wait(v_full.index(value_slot), phase)
             value_tile = value_ring.index(value_slot).reshape([N, D])
@@ -238,7 +249,7 @@ def _new_memory(
 @gluon.jit(
     do_not_specialize=[
         "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_ir",
-        "items", "row_tiles", "heads", "group", "query_length", "key_length", "scale_log2",
+        "items", "row_tiles", "heads", "group", "query_length", "key_length", "sized_tiles", "scale_log2",
     ]
 )  # fmt: skip
 def block_sparse_fwd_kernel_sm90_64(
@@ -262,6 +273,7 @@ def block_sparse_fwd_kernel_sm90_64(
     group,
     query_length,
     key_length,
+    sized_tiles,
     scale_log2,
     D: gl.constexpr,
     N: gl.constexpr,
@@ -285,17 +297,17 @@ def block_sparse_fwd_kernel_sm90_64(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, SIZES)),
+                0, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                1, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, SIZES)),
+                1, output, out_ring_0, lse_ptr, memory_0, sizes_0, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                0, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, SIZES)),
+                0, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, SIZES)),
             (_consumer, (
-                1, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, scale_log2,
-                D, N, STAGES, Q_STAGES, SIZES)),
+                1, output, out_ring_1, lse_ptr, memory_1, sizes_1, heads, query_length, sized_tiles,
+                scale_log2, D, N, STAGES, Q_STAGES, SIZES)),
             (_producer, (
                 0, 2, sources, lists, memory_0, sizes_0, counter_ptr, items, row_tiles, heads, group,
                 key_length, D, N, STAGES, Q_STAGES, MASK_N, SIZES)),

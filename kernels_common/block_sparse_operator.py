@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask
 from core.errors import UnsupportedCallError
@@ -190,7 +191,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
         inputs  # copies have no orders
     )
     if key_sizes is not None:
-        tensors[-1] = key_sizes.log()  # the bias of the backward pass
+        key_length, sized = tensors[1].shape[2], key_sizes.shape[2]
+        tensors[-1] = F.pad(key_sizes.log(), (0, key_length - sized))  # the bias of the backward pass
     ctx.set_materialize_grads(False)  # the gradient of a log-sum-exp that nobody uses stays None
     ctx.save_for_backward(*tensors, *output)
     ctx.parameters = (query_block, key_block, scale, causal, backend)

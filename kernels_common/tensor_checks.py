@@ -108,13 +108,13 @@ def check_extras(
         key_sizes.dim() != 3
         or key_sizes.shape[0] not in (1, query.shape[0])
         or key_sizes.shape[1] not in heads
-        or key_sizes.shape[2] != key.shape[2]
+        or key_sizes.shape[2] > key.shape[2]
         or key_sizes.dtype in (torch.bool, torch.complex64, torch.complex128)
         or key_sizes.device != query.device
     ):
         raise LayoutError(
             f"key_sizes must be numbers [1 or {query.shape[0]}, {' or '.join(map(str, heads))}, "
-            f"{key.shape[2]}] on {query.device}; got {tuple(key_sizes.shape)} {key_sizes.dtype} on "
+            f"at most {key.shape[2]}] on {query.device}; got {tuple(key_sizes.shape)} {key_sizes.dtype} on "
             f"{key_sizes.device}"
         )
     if key_sizes is not None and bias is not None:

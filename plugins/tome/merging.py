@@ -1,7 +1,7 @@
 """MergeMap: which tokens are averaged into which, and what attention over the averages needs.
 
-The tokens that stay keep their order, and text its place, so that a block mask over the merged sequence
-still has neighbours in its blocks.
+Destinations stand first, so that only the first merged keys have a size; all other tokens that stay follow.
+Both keep their order, so that a block mask over the merged sequence still has neighbours in its blocks.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,17 @@ from plugins.tome.partition import Partition
 class MergeMap:
     """Groups of tokens, each merged into one; most have one member.
 
-    Groups stand in the order of their first member, the destination, after which its sources follow.
+    A group is a destination and, behind it, its sources; then come groups of one token each.
 
     Args:
         order (Tensor): tokens group by group, ``[B, H or 1, S]`` int32; H counts key heads.
         starts (Tensor): where each group begins in ``order``, and S, ``[B, H or 1, K + 1]`` int32.
+        destinations (int): groups that may have several members; the first ones.
     """
 
     order: torch.Tensor
     starts: torch.Tensor
+    destinations: int
 
     @property
     def length(self) -> int:
@@ -44,6 +46,10 @@ class MergeMap:
         """Tokens that each merged token stands for, ``[B, H or 1, K]`` int32."""
         return self.starts.diff(dim=-1)
 
+    def sizes(self) -> torch.Tensor:
+        """The counts of the destinations, ``[B, H or 1, destinations]`` int32; all others are 1."""
+        return self.starts[..., : self.destinations + 1].diff(dim=-1)
+
     def groups(self) -> torch.Tensor:
         """The merged token that holds each token, ``[B, H or 1, S]`` int64."""
         places = torch.arange(self.length, dtype=torch.int32, device=self.order.device)
@@ -56,12 +62,11 @@ class MergeMap:
         own = self.order.shape[1]
         if own in (1, heads):
             return self
-        return MergeMap(*(part.repeat_interleave(heads // own, dim=1) for part in (self.order, self.starts)))
+        order, starts = (part.repeat_interleave(heads // own, dim=1) for part in (self.order, self.starts))
+        return MergeMap(order, starts, self.destinations)
 
 
-def make_merge_map(
-    similarity: torch.Tensor, place: torch.Tensor, partition: Partition, r: int, length: int
-) -> MergeMap:
+def make_merge_map(similarity: torch.Tensor, place: torch.Tensor, partition: Partition, r: int) -> MergeMap:
     """Merge the ``r`` sources that are most similar to their destinations, without a synchronisation.
 
     Of equal similarities the source that comes first is merged first.
@@ -71,23 +76,23 @@ def make_merge_map(
         place (Tensor): that destination's place in ``partition.destinations``, ``[B, H or 1, Ns]`` int64.
         partition (Partition): on the device of ``similarity``.
         r (int): sources to merge, 0 to Ns.
-        length (int): tokens of the sequence, S.
     """
     merged = most_similar(similarity, r)
-    sources = partition.sources
+    length, sources = len(partition.order), partition.source_places
     shape, device = (*similarity.shape[:2], length), similarity.device
     stays = torch.ones(shape, dtype=torch.bool, device=device).index_copy_(-1, sources, ~merged)
     # As many stay in every head: their groups are counted, and all tokens sorted, as one row of all heads,
-    # which takes a GPU less time than row by row.
+    # which takes a GPU less time than row by row. The group of a destination is its place.
     group = stays.flatten().cumsum(0, dtype=torch.int32).view(shape) - 1  # of the tokens that stay
-    joined = group.gather(-1, partition.destinations[place])
+    joined = place.to(torch.int32) + group[..., :1]
     group.index_copy_(-1, sources, torch.where(merged, joined, group.index_select(-1, sources)))
     ranks, order = (2 * group + ~stays).flatten().sort(stable=True)  # in every group first the one that stays
     begins = torch.arange(0, len(order), length, dtype=torch.int32, device=device).view(*shape[:2], 1)
     kept = length - r
     firsts = torch.arange(0, 2 * kept * begins.numel() + 1, 2, dtype=torch.int32, device=device)
     starts = torch.searchsorted(ranks, firsts, out_int32=True).unfold(0, kept + 1, kept)
-    return MergeMap(order.to(torch.int32).view(shape) - begins, starts.view(*shape[:2], -1) - begins)
+    order = partition.order.to(torch.int32)[order.view(shape) - begins]
+    return MergeMap(order, starts.view(*shape[:2], -1) - begins, len(partition.destinations))
 
 
 def most_similar(similarity: torch.Tensor, r: int) -> torch.Tensor:
@@ -156,16 +161,16 @@ def merged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    counts: torch.Tensor,
+    sizes: torch.Tensor,
     block_mask: BlockSparseMask | None = None,
 ) -> tuple[torch.Tensor, str]:
-    """Attention over merged keys: ``softmax(query key^T / sqrt(D) + log(counts)) value``.
+    """Attention over merged keys: ``softmax(query key^T / sqrt(D) + log(sizes)) value``.
 
     Args:
         query (Tensor): ``[B, Hq, Nq, D]``.
         key (Tensor): merged, ``[B, Hkv, K, D]``.
         value (Tensor): merged, ``[B, Hkv, K, D]``.
-        counts (Tensor): `MergeMap.counts`, ``[B, Hkv or 1, K]`` int32.
+        sizes (Tensor): `MergeMap.sizes`, ``[B, Hkv or 1, at most K]`` int32; keys past them have size 1.
         block_mask (BlockSparseMask, Optional): blocks of merged keys to look at. Default: all, by torch's own
             kernel (the fastest on a CPU; on a GPU it would have a logarithm in memory for every pair)
 
@@ -173,9 +178,9 @@ def merged_attention(
         tuple[Tensor, str]: ``[B, Hq, Nq, D]`` and the backend that ran, ``"sdpa"`` without a ``block_mask``.
     """
     if block_mask is not None:
-        result = attend_blocks(query, key, value, block_mask, key_sizes=counts)
+        result = attend_blocks(query, key, value, block_mask, key_sizes=sizes)
         return result.output, result.backend
-    bias = counts.to(torch.float32).log()
+    bias = F.pad(sizes.to(torch.float32).log(), (0, key.shape[2] - sizes.shape[2]))
     groups = query.shape[1] // bias.shape[1]
     mask = (bias.repeat_interleave(groups, dim=1) if bias.shape[1] > 1 else bias)[:, :, None]
     output = F.scaled_dot_product_attention(

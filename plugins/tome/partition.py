@@ -26,12 +26,17 @@ class Partition(NamedTuple):
         tiles (Tensor): places in ``sources``, ``[T, TILE]`` int32.
         candidates (Tensor): places in ``destinations``, ascending, ``[T, C]`` int32, or ``[1, Nd]`` where
             every source looks at all of them.
+        order (Tensor): all tokens of the sequence, destinations first, then the others, each ascending,
+            ``[S]`` int64.
+        source_places (Tensor): places of the sources in ``order``, ``[Ns]`` int64.
     """
 
     sources: torch.Tensor
     destinations: torch.Tensor
     tiles: torch.Tensor
     candidates: torch.Tensor
+    order: torch.Tensor
+    source_places: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Partition":
         """The same partition on another device."""
@@ -73,7 +78,11 @@ def make_partition(
     strides = torch.tensor([layout.tokens_per_frame, layout.width, 1])
     source_tokens = (sources * strides).sum(-1) + layout.video_start
     destination_tokens = (destinations * strides).sum(-1) + layout.video_start
-    return Partition(source_tokens, destination_tokens, tiles, candidates)
+    rest = torch.ones(layout.sequence_length, dtype=torch.bool)
+    rest[destination_tokens] = False
+    order = torch.cat([destination_tokens, rest.nonzero()[:, 0]])
+    source_places = order.argsort()[source_tokens]
+    return Partition(source_tokens, destination_tokens, tiles, candidates, order, source_places)
 
 
 def _drawn_places(

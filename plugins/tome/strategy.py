@@ -134,7 +134,7 @@ class TomeStrategy(AttentionStrategy):
         if self.parameters.merge_queries:
             query = merge_tokens(query, query_map)
         mask = None if query.device.type == "cpu" else plan.full_mask(query.shape[2], key.shape[2])
-        output, backend = merged_attention(query, key, value, merge_map.counts(), mask)
+        output, backend = merged_attention(query, key, value, merge_map.sizes(), mask)
         if not self.parameters.merge_queries:
             return AttentionResult(output, kept, backend, shares)
         return AttentionResult(unmerge_tokens(output, query_map), kept**2, backend, shares)
@@ -168,7 +168,7 @@ class TomeStrategy(AttentionStrategy):
             return None, 0.0
         metric = self.parameters.metric
         similarity, best = best_destinations(key, value, partition, metric)
-        merge_map = make_merge_map(similarity, best, partition, r, context.layout.sequence_length)
+        merge_map = make_merge_map(similarity, best, partition, r)
         if self.parameters.gap > 1:
             self._matched[context.place] = Matched(merge_map, context.step_index, call)
         return merge_map, matching_cost(query, key, partition, metric)

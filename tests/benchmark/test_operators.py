@@ -161,7 +161,7 @@ def test_matching_of_tome(call, timed_prediction, matching):
 
     def run():
         similarity, best = best_destinations(call.key, call.value, partition, "kv_norm")
-        return make_merge_map(similarity, best, partition, r, call.key.shape[2])
+        return make_merge_map(similarity, best, partition, r)
 
     expected, _ = best_destinations_torch(call.key[-1:, -1:], call.value[-1:, -1:], partition)
     found, _ = best_destinations(call.key, call.value, partition, "kv_norm")
@@ -177,7 +177,7 @@ def test_groups_of_tome(call, timed_prediction, matching):
     similarity, best = best_destinations(call.key, call.value, partition, "kv_norm")
 
     def run():
-        return make_merge_map(similarity, best, partition, r, call.key.shape[2])
+        return make_merge_map(similarity, best, partition, r)
 
     assert (run().counts().sum(-1) == call.key.shape[2]).all()
     timed_prediction(run, merged=r)

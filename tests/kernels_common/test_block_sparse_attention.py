@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core import BlockSparseMask
 from kernels_common import block_sparse_attention
@@ -41,7 +42,7 @@ class Call:
         scores = query @ key.transpose(2, 3) * self.extras.get("scale", query.shape[-1] ** -0.5)
         bias = self.extras.get("bias")
         if (sizes := self.extras.get("key_sizes")) is not None:
-            bias = sizes.double().log()
+            bias = F.pad(sizes.double().log(), (0, self.key.shape[2] - sizes.shape[2]))
         if bias is not None:
             scores += bias.double().repeat_interleave(query.shape[1] // bias.shape[1], 1)[:, :, None]
         kept = self.mask.to_dense().expand(scores.shape).clone()
@@ -152,10 +153,10 @@ def test_key_bias(make_call, generator, device, backend, bias_shape, dtype_):
 
 @pytest.mark.parametrize("dtype_", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("sizes_dtype", [torch.int32, torch.float64], ids=["int32", "fp64"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 200), (2, 1, 70), (2, 2, 1), (1, 2, 0)], ids=str)
 def test_key_sizes(make_call, generator, device, backend, shape, sizes_dtype, dtype_):
     call = make_call(130, 200, heads=4, kv_heads=2, dtype=dtype_)
-    sizes = torch.randint(1, 300, (*shape, 200), generator=generator).to(device, sizes_dtype)
+    sizes = torch.randint(1, 300, shape, generator=generator).to(device, sizes_dtype)
     call.extras = {"key_sizes": sizes, "scale": 0.2}
     call.check(backend)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core import BlockSparseMask, UnsupportedCallError
 
@@ -29,9 +30,8 @@ def _attention(query, key, value, mask, sizes=None):
     key, value = (part.float().repeat_interleave(group, 1) for part in (key, value))
     scores = (query.float() @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
     if sizes is not None:
-        scores += (
-            sizes.double().log().float().repeat_interleave(query.shape[1] // sizes.shape[1], 1)[:, :, None]
-        )
+        bias = F.pad(sizes.double().log().float(), (0, key.shape[2] - sizes.shape[2]))
+        scores += bias.repeat_interleave(query.shape[1] // sizes.shape[1], 1)[:, :, None]
     scores.masked_fill_(~mask.to_dense(), float("-inf"))
     return torch.softmax(scores, -1).nan_to_num(0.0) @ value, torch.logsumexp(scores, -1)
 
@@ -125,6 +125,8 @@ def test_sizes(make_call, make_sizes, lengths, block, head_dim, dtype):
     )
     for shape in ((1, 1), (2, 2), (2, 1), (1, 2)):
         _check(query, key, value, mask, make_sizes(*shape, lengths[1]))
+    for sized in (1, lengths[1] // 3, lengths[1] - 1):  # keys past them have size 1
+        _check(query, key, value, mask, make_sizes(1, 2, max(1, sized)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -134,7 +136,7 @@ def test_values_times_sizes(device, generator, poisoned_memory, dtype, shape):
         pytest.skip("Triton's interpreter computes bf16 wrongly; runs on a GPU")
     value = torch.randn(2, 150, 3, 128, generator=generator).to(device, dtype).transpose(1, 2)
     value[:, 1] *= 100
-    sizes = torch.randint(1, 15000, (*shape, 150), generator=generator, dtype=torch.int32).to(device)
+    sizes = torch.randint(1, 15000, (*shape, 130), generator=generator, dtype=torch.int32).to(device)
     found = sized_values(value, sizes)
     divisor = torch.ones(2, 3, device=device, dtype=torch.float64)
     if dtype == torch.float16:
@@ -142,8 +144,8 @@ def test_values_times_sizes(device, generator, poisoned_memory, dtype, shape):
         assert (divisor[:, 1] > 10).all() and found.value.isfinite().all()
     else:
         assert found.log_divisor is None
-    exact = sizes.double().expand(2, 3, -1) / divisor[..., None]
-    assert found.sizes.shape == (2, 3, 1, 192) and not found.sizes[..., 150:].any()
+    exact = F.pad(sizes, (0, 20), value=1).double().expand(2, 3, -1) / divisor[..., None]
+    assert found.sizes.shape == (2, 3, 1, 192) and found.sizes.isfinite().all()
     assert ((found.sizes[:, :, 0, :150] - exact).abs() <= 2.0**-21 * exact).all()
     products = value.double() * exact[..., None]
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]

@@ -107,8 +107,9 @@ def test_a_bias_belongs_to_the_token(make_tokens, make_orders, mask, backend, ge
 
 def test_sizes_belong_to_the_token(make_tokens, make_orders, mask, backend, generator, device):
     sizes = torch.randint(1, 300, (BATCH, KV_HEADS, KEYS), generator=generator).to(device)
+    sizes[..., 50:] = 1
     tokens, orders = make_tokens(), make_orders()
-    output = block_sparse_attention(*tokens, mask, backend=backend, key_sizes=sizes, **orders)
+    output = block_sparse_attention(*tokens, mask, backend=backend, key_sizes=sizes[..., :50], **orders)
     same = block_sparse_attention(*tokens, mask, backend=backend, bias=sizes.float().log(), **orders)
     assert torch.equal(output, same)
 

@@ -68,10 +68,10 @@ CALLS = {
     "key lengths in a list": (lambda: sparse(key_lengths=[4]), LayoutError, "key_lengths must be a tensor"),
     "a bias in a list": (lambda: sparse(bias=[1.0]), LayoutError, "bias must be a tensor"),
     "sizes in a list": (lambda: sparse(key_sizes=[1]), LayoutError, "key_sizes must be a tensor"),
-    "sizes of half the keys": (
-        lambda: sparse(key_sizes=torch.ones(1, 1, 64)),
+    "sizes of more keys": (
+        lambda: sparse(key_sizes=torch.ones(1, 1, 129)),
         LayoutError,
-        r"key_sizes must be numbers .* got \(1, 1, 64\)",
+        r"key_sizes must be numbers .* at most 128.* got \(1, 1, 129\)",
     ),
     "yes and no as sizes": (
         lambda: sparse(key_sizes=torch.ones(1, 1, TOKENS.shape[2], dtype=torch.bool)),

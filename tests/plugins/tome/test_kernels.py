@@ -162,7 +162,7 @@ def make_map(generator, device):
         similarity = torch.rand(shape, generator=generator).to(device)
         destinations = 2 if crowded else len(partition.destinations)
         place = torch.randint(destinations, shape, generator=generator).to(device)
-        return make_merge_map(similarity, place, partition, r, layout.sequence_length)
+        return make_merge_map(similarity, place, partition, r)
 
     return make
 

@@ -34,7 +34,7 @@ def make_map(generator):
         similarity = torch.rand(shape, generator=generator)
         place = torch.randint(len(partition.destinations), shape, generator=generator)
         r = min(r, len(partition.sources))
-        return make_merge_map(similarity, place, partition, r, layout.sequence_length), partition
+        return make_merge_map(similarity, place, partition, r), partition
 
     return make
 
@@ -52,12 +52,16 @@ def test_groups_hold_every_token_once_and_text_alone(make_map, layout, r):
     assert merge_map.merged_length == layout.sequence_length - r
     assert (merge_map.counts() >= 1).all()
     assert (merge_map.counts().sum(-1) == layout.sequence_length).all()
+    assert torch.equal(merge_map.sizes(), merge_map.counts()[..., : len(partition.destinations)])
     text = set(range(layout.text_slice.start, layout.text_slice.stop))
     for batch in range(2):
         for head in range(3):
             groups = groups_of(merge_map, batch, head)
             assert sorted(itertools.chain(*groups)) == list(range(layout.sequence_length))
-            assert [group[0] for group in groups] == sorted(group[0] for group in groups)
+            number = len(partition.destinations)
+            assert [group[0] for group in groups[:number]] == partition.destinations.tolist()
+            rest = [group[0] for group in groups[number:]]
+            assert rest == sorted(rest) and all(len(group) == 1 for group in groups[number:])
             assert all(len(group) == 1 for group in groups if text & set(group))
             for group in groups:
                 assert set(group[1:]) <= set(partition.sources.tolist())
@@ -70,7 +74,7 @@ def test_the_most_similar_pairs_are_merged(make_map, generator, r):
     # Few different values: many ties, which the earlier source wins.
     similarity = torch.randint(5, (1, 2, len(partition.sources)), generator=generator) / 4
     place = torch.randint(len(partition.destinations), similarity.shape, generator=generator)
-    merge_map = make_merge_map(similarity, place, partition, r, LAYOUT.sequence_length)
+    merge_map = make_merge_map(similarity, place, partition, r)
     for head in range(2):
         values, places = similarity[0, head].tolist(), place[0, head].tolist()
         chosen = sorted(range(len(values)), key=lambda source: (-values[source], source))[:r]
@@ -88,7 +92,7 @@ def test_of_equal_similarities_the_first_are_merged(r):
     similarity[..., 33] = 0.5
     similarity[..., -1] = -0.0
     place = torch.zeros_like(similarity, dtype=torch.int64)
-    merge_map = make_merge_map(similarity, place, partition, r, LAYOUT.sequence_length)
+    merge_map = make_merge_map(similarity, place, partition, r)
     (group,) = (group for group in groups_of(merge_map, 0, 0) if len(group) > 1)
     first = range(r - 1) if r <= 33 else (*range(33), *range(34, r))
     assert group[0] == partition.destinations[0]
@@ -100,7 +104,7 @@ def test_similarities_that_are_no_numbers_lose_no_token(generator):
     similarity = torch.rand(1, 2, len(partition.sources), generator=generator)
     similarity[0, 0, ::3] = similarity[0, 1] = float("nan")
     place = torch.zeros_like(similarity, dtype=torch.int64)
-    merge_map = make_merge_map(similarity, place, partition, 40, LAYOUT.sequence_length)
+    merge_map = make_merge_map(similarity, place, partition, 40)
     assert merge_map.merged_length == LAYOUT.sequence_length - 40
     assert (merge_map.order.sort().values == torch.arange(LAYOUT.sequence_length)).all()
 
@@ -141,7 +145,7 @@ def test_sums_are_kept_in_fp32(make_map):
     """A bf16 sum of 300 ones would stop at 256."""
     partition = make_partition(TokenLayout(0, 2, 20, 20), (9, 9, 9), seed=0, local=False)
     similarity, place = torch.ones(1, 1, 400), torch.zeros(1, 1, 400, dtype=torch.int64)
-    merge_map = make_merge_map(similarity, place, partition, 300, 800)
+    merge_map = make_merge_map(similarity, place, partition, 300)
     tokens = torch.ones(1, 1, 800, 16, dtype=torch.bfloat16)
     tokens[:, :, 1:] = 3
     expected = torch.tensor((1 + 3 * 300) / 301).bfloat16()
@@ -186,8 +190,8 @@ def test_sizes_in_the_operator_equal_a_mask_in_memory(make_map, generator, heads
         key, value = key.expand(-1, 2, -1, -1), value.expand(-1, 2, -1, -1)
     lengths = (layout.sequence_length, merge_map.merged_length)
     mask = BlockSparseMask.full((64, 64), *lengths)
-    output, backend = merged_attention(query, key, value, merge_map.counts(), mask)
-    other, plain = merged_attention(query, key, value, merge_map.counts())
+    output, backend = merged_attention(query, key, value, merge_map.sizes(), mask)
+    other, plain = merged_attention(query, key, value, merge_map.sizes())
     assert (backend, plain) == ("torch", "sdpa")
     repeated = (part.repeat_interleave(2, 1) for part in (key, value))
     columns = merge_map.counts().log().expand(-1, 2, -1).repeat_interleave(2, 1)[:, :, None]
@@ -204,7 +208,7 @@ def test_a_block_mask_over_merged_keys(make_map, generator):
     blocks = torch.rand(6, 3, generator=generator) < 0.5
     blocks[:, 0] = True
     mask = BlockSparseMask.from_blocks(blocks, (64, 64), *lengths)
-    output, _ = merged_attention(query, key, value, merge_map.counts(), mask)
+    output, _ = merged_attention(query, key, value, merge_map.sizes(), mask)
     scores = query @ key.mT / 8 + merge_map.counts().log()[:, :, None]
     expected = scores.masked_fill(~mask.to_dense(), float("-inf")).softmax(-1) @ value
     assert (output - expected).abs().max() < 1e-5
@@ -221,7 +225,7 @@ def test_the_backend_is_that_of_a_call_with_sizes(make_map, monkeypatch):
     query, key, value = random_qkv(LAYOUT)
     key, value = merge_tokens(key, merge_map), merge_tokens(value, merge_map)
     mask = BlockSparseMask.full((64, 64), LAYOUT.sequence_length, merge_map.merged_length)
-    assert merged_attention(query, key, value, merge_map.counts(), mask)[1] == "reference"
+    assert merged_attention(query, key, value, merge_map.sizes(), mask)[1] == "reference"
 
 
 @pytest.mark.parametrize("metric", ["kv_norm", "k"])
@@ -236,9 +240,9 @@ def test_merged_duplicates_are_exact(metric, r, generator):
         value[:, :, partition.sources] = value[:, :, partition.destinations[pairs]]
     similarity, place = best_destinations(key, value, partition, metric)
     assert torch.equal(place, pairs.expand_as(place))
-    merge_map = make_merge_map(similarity, place, partition, min(r, len(pairs)), LAYOUT.sequence_length)
+    merge_map = make_merge_map(similarity, place, partition, min(r, len(pairs)))
     merged = (merge_tokens(part, merge_map) for part in (key, value))
-    output, _ = merged_attention(query, *merged, merge_map.counts())
+    output, _ = merged_attention(query, *merged, merge_map.sizes())
     assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-5
 
 
