@@ -197,7 +197,7 @@ def attend_blocks(
     if key_sizes is not None and key_sizes.shape[2] == 0:
         key_sizes = None
     features = _features(query, key_lengths, bias, key_sizes, causal, quantization, skip_threshold)
-    _check_gradients(query, key, value, bias, features)
+    _check_gradients(query, key, value, {"bias": bias, "key_sizes": key_sizes}, features)
     scale = resolve_scale(scale, query.shape[3])
     backend = resolve_backend(query, block_mask, backend, features)
     if key_sizes is not None and (backend != "gluon" or orders.key is not None):
@@ -272,13 +272,16 @@ def _check_gradients(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor | None,
+    extras: dict[str, torch.Tensor | None],
     features: CallFeatures,
 ) -> None:
     if not torch.is_grad_enabled():
         return
-    if bias is not None and bias.requires_grad:
-        raise UnsupportedCallError("block_sparse_attention gives no gradient for bias; pass bias.detach()")
+    for name, extra in extras.items():
+        if extra is not None and extra.requires_grad:
+            raise UnsupportedCallError(
+                f"block_sparse_attention gives no gradient for {name}; pass {name}.detach()"
+            )
     if not features.exact and any(tensor.requires_grad for tensor in (query, key, value)):
         raise UnsupportedCallError(
             f"block_sparse_attention has no backward with {features.extra}; call it under torch.no_grad() or "

@@ -78,6 +78,16 @@ CALLS = {
         LayoutError,
         "got .* torch.bool",
     ),
+    "sizes with a gradient": (
+        lambda: sparse(key_sizes=torch.ones(1, 1, 128, requires_grad=True)),
+        UnsupportedCallError,
+        "no gradient for key_sizes; pass key_sizes.detach",
+    ),
+    "a bias with a gradient": (
+        lambda: sparse(bias=torch.zeros(1, 1, 128, requires_grad=True)),
+        UnsupportedCallError,
+        "no gradient for bias; pass bias.detach",
+    ),
     "sizes and a bias": (
         lambda: sparse(key_sizes=torch.ones(1, 1, TOKENS.shape[2]), bias=torch.zeros(1, 1, TOKENS.shape[2])),
         UnsupportedCallError,
