@@ -39,20 +39,24 @@ def build(kernel, constants, types):
     print(kernel.__name__, constants, flush=True)
 
 
-def sixteen_bits(head_dim, box):
-    types = dict.fromkeys(("query_source", "output"), source("bf16", (64, head_dim), 128, 16))
-    return types | dict.fromkeys(("key_source", "value_source"), source("bf16", box, 128, 16))
+def sixteen_bits(kernel, constants, box):
+    """A kernel in bf16, without sizes of keys and with them; key tiles in boxes of ``[keys, columns]``."""
+    types = dict.fromkeys(("query_source", "output"), source("bf16", (64, constants["D"]), 128, 16))
+    types |= dict.fromkeys(("key_source", "value_source"), source("bf16", box, 128, 16))
+    for sizes in (False, True):
+        size_source = source("fp32", (1, box[0]), 0, 32) if sizes else source("bf16", box, 128, 16)
+        build(kernel, constants | {"SIZES": sizes}, types | {"sizes_source": size_source})
 
 
 wide = block_sparse_gluon_128
 for mask_n, box in ((128, (128, 128)), (64, (64, 64))):
-    build(
+    sixteen_bits(
         wide.block_sparse_fwd_kernel_sm90,
         {"D": 128, "N": 128, "MASK_N": mask_n, "STAGES": wide.STAGES, "Q_STAGES": wide.QUERY_STAGES},
-        sixteen_bits(128, box),
+        box,
     )
 narrow = block_sparse_gluon_64
-build(
+sixteen_bits(
     narrow.block_sparse_fwd_kernel_sm90_64,
     {
         "D": 64,
@@ -63,7 +67,7 @@ build(
         "C_REGISTERS": narrow.CONSUMER_REGISTERS,
         "P_REGISTERS": narrow.PRODUCER_REGISTERS,
     },
-    sixteen_bits(64, (narrow.TILE_N, 64)),
+    (narrow.TILE_N, 64),
 )
 for head_dim, stages in STAGES.items():
     build(

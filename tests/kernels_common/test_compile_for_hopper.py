@@ -25,4 +25,4 @@ def test_gluon_kernels_compile(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 5
+    assert len(run.stdout.splitlines()) == 8
