@@ -453,9 +453,9 @@ def test_operators_are_well_formed(make_call, device, backend_):
     lengths, bias = torch.tensor([100, 9], device=device), torch.zeros(1, 2, 100, device=device)
     lists, sizes = (call.mask.counts, call.mask.indices, lengths, bias), (64, 64, 0.1, False, backend_)
     forward = torch.ops.sparse_attn.block_sparse_attention
-    torch.library.opcheck(forward, (query, key, value, *lists, None, None, *sizes))
+    torch.library.opcheck(forward, (query, key, value, *lists, None, None, None, *sizes))
     with torch.no_grad():
-        results = forward(query, key, value, *lists, None, None, *sizes)
+        results = forward(query, key, value, *lists, None, None, None, *sizes)
     tensors = (call.grad_output, results[1], *call.tensors, *results)
     backward = torch.ops.sparse_attn.block_sparse_attention_backward
     torch.library.opcheck(backward, (*tensors, *lists, *sizes))

@@ -280,7 +280,7 @@ def test_fake_kernel_agrees_with_the_real_one(call, backend):
     lengths = torch.tensor([150, 9], device=query.device)
     bias = torch.zeros(1, 2, 150, device=query.device)
     tensors = (query, key, value, mask.counts, mask.indices, lengths, bias)
-    arguments = (*tensors, None, None, 64, 64, 0.125, False, backend)
+    arguments = (*tensors, None, None, None, 64, 64, 0.125, False, backend)
     torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention, arguments)
     threshold = torch.ones(4, device=query.device)
     quantized = (*tensors, threshold, 64, 64, 0.125, "int8_fp16", backend)
