@@ -128,7 +128,7 @@ def test_lengths_around_whole_blocks(tensors, length):
     output, sparsity = TOPK[0](query, key, value, topk=0.3, return_sparsity=True)
     kept = to_tokens(reference_map(query, key, topk=0.3), length, length)
     assert sparsity == pytest.approx(1 - float(kept.double().mean()), abs=1e-6)
-    # A near tie may swap one of the 19 kept blocks in one of the 32 rows; a row that is wrong counts 1 or more.
+    # A near tie may swap one of the 19 blocks kept in one of the 32 rows; a wrong row counts 1 or more.
     assert relative_l1(output, exact(query, key, value, kept)) < ERROR["sage2"] + 0.4 / 32
 
 
