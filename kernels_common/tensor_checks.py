@@ -109,7 +109,8 @@ def check_extras(
         or key_sizes.shape[0] not in (1, query.shape[0])
         or key_sizes.shape[1] not in heads
         or key_sizes.shape[2] > key.shape[2]
-        or key_sizes.dtype in (torch.bool, torch.complex64, torch.complex128)
+        or key_sizes.dtype == torch.bool
+        or key_sizes.is_complex()
         or key_sizes.device != query.device
     ):
         raise LayoutError(

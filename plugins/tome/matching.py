@@ -3,11 +3,12 @@
 Shape letters: S sources and C candidates of one chunk, F features of one token.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
+from core.errors import ParameterError
 from kernels_common.triton_choice import runs_triton
 from plugins.tome.partition import Partition
 
@@ -34,7 +35,12 @@ def best_destinations(
     Returns:
         tuple[Tensor, Tensor]: similarity -1 to 1, ``[B, H, Ns]`` fp32, and place in
         ``partition.destinations``, ``[B, H, Ns]`` int64; H is 1 with ``"mean_k"``.
+
+    Raises:
+        ParameterError: there is no such metric.
     """
+    if metric not in get_args(Metric):
+        raise ParameterError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
     if metric == "mean_k":
         key = key.mean(1, keepdim=True, dtype=torch.float32)
     values = value if metric == "kv_norm" else None

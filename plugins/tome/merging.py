@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from core.block_mask import BlockSparseMask
+from core.errors import ParameterError
 from kernels_common import attend_blocks, gather_tokens
 from kernels_common.permutation import Tokens
+from kernels_common.tensor_checks import check_extras
 from kernels_common.triton_choice import runs_triton
 from plugins.tome.partition import Partition
 
@@ -76,7 +78,14 @@ def make_merge_map(similarity: torch.Tensor, place: torch.Tensor, partition: Par
         place (Tensor): that destination's place in ``partition.destinations``, ``[B, H or 1, Ns]`` int64.
         partition (Partition): on the device of ``similarity``.
         r (int): sources to merge, 0 to Ns.
+
+    Raises:
+        ParameterError: ``r`` is no such number.
     """
+    if type(r) is not int or not 0 <= r <= len(partition.sources):
+        raise ParameterError(
+            f"r must be a whole number of sources to merge, 0 to {len(partition.sources)}, got {r!r}"
+        )
     merged = most_similar(similarity, r)
     length, sources = len(partition.order), partition.source_places
     shape, device = (*similarity.shape[:2], length), similarity.device
@@ -122,7 +131,8 @@ def most_similar_torch(similarity: torch.Tensor, r: int) -> torch.Tensor:
 def merge_tokens(tokens: Tokens, merge_map: MergeMap) -> Tokens:
     """Mean of every group, summed in fp32.
 
-    Several tensors, such as key and value, are merged together: that is one launch on a GPU.
+    Several tensors, such as key and value, are merged together: that is one launch on a GPU. Those that want
+    a gradient are merged by the plain form, which has one.
 
     Args:
         tokens (Tensor or tuple[Tensor, ...]): ``[B, H, S, D]`` each, alike but for strides.
@@ -132,7 +142,8 @@ def merge_tokens(tokens: Tokens, merge_map: MergeMap) -> Tokens:
         Tensor or tuple[Tensor, ...]: ``[B, H, K, D]`` each, in the dtype of ``tokens``.
     """
     parts = tokens if isinstance(tokens, tuple) else (tokens,)
-    if runs_triton(parts[0]):
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    if runs_triton(parts[0]) and not wants_grad:
         from plugins.tome.mean_kernels import group_means_triton
 
         merged = group_means_triton(parts, merge_map.order, merge_map.starts)
@@ -176,7 +187,11 @@ def merged_attention(
 
     Returns:
         tuple[Tensor, str]: ``[B, Hq, Nq, D]`` and the backend that ran, ``"sdpa"`` without a ``block_mask``.
+
+    Raises:
+        LayoutError: shapes, dtypes or devices do not fit together.
     """
+    check_extras(query, key, None, None, sizes)
     if block_mask is not None:
         result = attend_blocks(query, key, value, block_mask, key_sizes=sizes)
         return result.output, result.backend

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from core.errors import ParameterError
 from core.layout import TokenLayout
 
 TILE = 64  # sources of one tile: the rows of one kernel program
@@ -65,7 +66,12 @@ def make_partition(
 
     Returns:
         Partition: empty sources for a single frame.
+
+    Raises:
+        ParameterError: a size of the cell is not positive.
     """
+    if min(cell) < 1:
+        raise ParameterError(f"cell must be three sizes of at least 1: frames, rows, columns; got {cell!r}")
     is_destination = torch.zeros(layout.frames, layout.height, layout.width, dtype=torch.bool)
     is_destination[0] = True
     frame, row, column = _drawn_places(cell_counts(layout, cell), cell, seed)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core import TokenLayout
+from core import ParameterError, TokenLayout
 from core.testing import random_qkv
 from plugins.tome import matching
 from plugins.tome.matching import best_destinations, best_destinations_torch, matching_cost
@@ -96,3 +96,15 @@ def test_cost_of_a_matching():
     costs = {metric: matching_cost(query, key, partition, metric) for metric in ("kv_norm", "k", "mean_k")}
     full = 15750 * 1800 / 17776**2
     assert costs == pytest.approx({"kv_norm": full, "k": full / 2, "mean_k": full / 60})
+
+
+def test_an_unknown_metric_is_refused():
+    _, key, value = random_qkv(LAYOUT)
+    partition = make_partition(LAYOUT, CELL, seed=0, local=False)
+    with pytest.raises(ParameterError, match="one of kv_norm, k, mean_k, got 'foo'"):
+        best_destinations(key, value, partition, "foo")
+
+
+def test_an_empty_cell_is_refused():
+    with pytest.raises(ParameterError, match=r"at least 1.*got \(0, 3, 3\)"):
+        make_partition(LAYOUT, (0, 3, 3), seed=0, local=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core import BlockSparseMask, TokenLayout
+from core import BlockSparseMask, LayoutError, ParameterError, TokenLayout
 from core.testing import random_qkv
 from kernels_common import block_sparse_backends
 from plugins.tome.matching import best_destinations
@@ -226,6 +226,31 @@ def test_the_backend_is_that_of_a_call_with_sizes(make_map, monkeypatch):
     key, value = merge_tokens(key, merge_map), merge_tokens(value, merge_map)
     mask = BlockSparseMask.full((64, 64), LAYOUT.sequence_length, merge_map.merged_length)
     assert merged_attention(query, key, value, merge_map.sizes(), mask)[1] == "reference"
+
+
+@pytest.mark.parametrize("r", [-1, 10**6, 3.0, True])
+def test_only_as_many_as_there_are_sources_are_merged(r):
+    partition = make_partition(LAYOUT, (2, 2, 2), seed=0, local=False)
+    similarity = torch.ones(1, 1, len(partition.sources))
+    with pytest.raises(ParameterError, match=f"0 to {len(partition.sources)}, got {r!r}"):
+        make_merge_map(similarity, similarity.long(), partition, r)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 23), (2, 3, 20), (3, 2, 20), (20,)], ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_sizes_that_do_not_fit_are_refused(shape, masked):
+    query, key = torch.zeros(2, 4, 20, 16), torch.zeros(2, 2, 20, 16)
+    mask = BlockSparseMask.full((64, 64), 20, 20) if masked else None
+    with pytest.raises(LayoutError, match="key_sizes must be numbers"):
+        merged_attention(query, key, key, torch.ones(shape, dtype=torch.int32), mask)
+
+
+def test_means_have_gradients(make_map, generator):
+    merge_map, _ = make_map(LAYOUT, 60)
+    tokens = torch.randn(2, 3, LAYOUT.sequence_length, 16, generator=generator, requires_grad=True)
+    merge_tokens(tokens, merge_map).sum().backward()
+    expected = unmerge_tokens(1 / merge_map.counts()[..., None], merge_map)
+    assert torch.allclose(tokens.grad, expected.expand_as(tokens), rtol=1e-5)
 
 
 @pytest.mark.parametrize("metric", ["kv_norm", "k"])
