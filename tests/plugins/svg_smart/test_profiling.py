@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -112,12 +114,25 @@ def test_kernels_give_the_errors_in_bf16(dim):
     _check_kernels(32, dim, torch.bfloat16, 5e-2)
 
 
-def _check_kernels(rows_count, dim, dtype, tolerance):
+@pytest.mark.parametrize("log2_weight", [0, 26])
+def test_patterns_far_below_the_peak_keep_their_weights_in_fp16(log2_weight):
+    """One peak serves all: beside a key that neither pattern sees, their weights are 2^-26 of it."""
+    _check_kernels(1, 64, torch.float16, 2e-2, log2_weight)
+
+
+def _check_kernels(rows_count, dim, dtype, tolerance, log2_weight=0):
+    """``log2_weight`` goes to one key that no pattern shows to the first sampled row."""
     kernels = pytest.importorskip("plugins.svg_smart.kernels", reason="needs triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = [part.to(device, dtype) for part in random_qkv(LAYOUT, heads=3, head_dim=dim)]
     rows = sample_rows(rows_count, 0, AttentionContext(LAYOUT), device)
     patterns = plan().to(device)
+    if log2_weight:
+        unseen = int((~allowed_keys(patterns, rows)[:, 0].any(0)).nonzero()[0])
+        query = parts[0][:, :, rows[0]].float()
+        scale = log2_weight * math.log(2) * dim**0.5 / query.square().sum(-1, keepdim=True)
+        parts[1][:, :, unseen] = (query * scale).to(dtype)
+        parts[2][:, :, unseen] = 0  # so that the error is the pattern's output
     errors = kernels.sampled_errors(*parts, rows, patterns)
     exact = dense_fp64(*parts)[:, :, rows]
     for found, pairs in zip(errors, allowed_keys(patterns, rows), strict=True):
