@@ -122,14 +122,27 @@ def test_error_of_full_attention(device, function, bound):
     assert relative_l1(function(*tensors, topk=1.0), exact(*tensors)) < bound
 
 
+def clear_rows(query, key, keep):
+    """Queries of one head whose last kept and first dropped block are no near tie in fp32, bool."""
+    rows, columns = (
+        torch.stack([block.mean(0) for block in part.double().split(size)])
+        for part, size in ((query, 128), (key - key.double().mean(0), 64))
+    )
+    scores = (rows @ columns.T * query.shape[1] ** -0.5).sort(descending=True).values
+    gap = scores[:, keep - 1] - scores[:, keep]
+    return (gap > 1e-6).repeat_interleave(128)[: len(query)]
+
+
 @pytest.mark.parametrize("length", [4095, 4096, 4097])
 def test_lengths_around_whole_blocks(tensors, length):
     query, key, value = tensors(length, heads=1, head_dim=96)
     output, sparsity = TOPK[0](query, key, value, topk=0.3, return_sparsity=True)
     kept = to_tokens(reference_map(query, key, topk=0.3), length, length)
     assert sparsity == pytest.approx(1 - float(kept.double().mean()), abs=1e-6)
-    # A near tie may swap one of the 19 blocks kept in one of the 32 rows; a wrong row counts 1 or more.
-    assert relative_l1(output, exact(query, key, value, kept)) < ERROR["sage2"] + 0.4 / 32
+    clear = clear_rows(query[0, 0], key[0, 0], keep=19)
+    assert clear.double().mean() > 0.9
+    expected = exact(query, key, value, kept)
+    assert relative_l1(output[:, :, clear], expected[:, :, clear]) < ERROR["sage2"]
 
 
 @pytest.mark.parametrize("function", CDF, ids=kind)
