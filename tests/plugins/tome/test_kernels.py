@@ -238,7 +238,7 @@ def test_strategy_on_a_gpu_equals_a_cpu(make_tokens, metric, merge_queries):
 @on_gpu
 @pytest.mark.parametrize("merge_queries", [False, True])
 def test_the_backend_of_the_report_is_the_one_that_ran(make_tokens, merge_queries, monkeypatch):
-    """Many tokens in bf16 with whole blocks: on Hopper a call without a bias would go to another backend."""
+    """Many tokens in bf16 with whole blocks, whose backend depends on the GPU."""
     # The package exports a function of the module's name.
     module = importlib.import_module("kernels_common.block_sparse_attention")
     ran = []
